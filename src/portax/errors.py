@@ -1,0 +1,54 @@
+"""Every error portax raises on purpose derives from `PortaxError`."""
+
+import dataclasses
+from collections.abc import Sequence
+
+
+class PortaxError(Exception):
+    """Base of all portax errors: catch this one to catch them all."""
+
+
+class ConfigError(PortaxError, ValueError):
+    """A model configuration that is incomplete, contradictory, or of an unknown family."""
+
+
+class LayoutError(PortaxError, ValueError):
+    """A layout that cannot exist: an unknown engine version, or sizes that its topology does not divide."""
+
+
+class GoldenError(PortaxError, ValueError):
+    """A golden, tree or weights file that cannot be read as what it should be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One reason why a plan cannot be carried out.
+
+    Attributes:
+        leaf: The trainer or engine leaf concerned, by its full name.
+        found: What is there.
+        expected: What should be there, and who says so.
+        cause: The usual cause, as a hint.
+    """
+
+    leaf: str
+    found: str
+    expected: str
+    cause: str
+
+    def __str__(self) -> str:
+        return f"{self.leaf}: found {self.found}; expected {self.expected}. Likely cause: {self.cause}"
+
+
+class PlanError(PortaxError, ValueError):
+    """Everything that keeps a conversion from being exact, in one error, raised before any weight is touched.
+
+    Attributes:
+        problems: Each problem found, in the order of the tree.
+    """
+
+    def __init__(self, problems: Sequence[Problem]):
+        self.problems = tuple(problems)
+        noun = "problem" if len(self.problems) == 1 else "problems"
+        lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1))
+        super().__init__(f"{len(self.problems)} {noun}, nothing was converted:\n{lines}")

@@ -1,0 +1,153 @@
+"""Carries out a plan: one compiled program for each kind of layer, a bounded number of layers at a time."""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import Array, Shaped
+
+from portax.errors import PlanError, Problem
+from portax.plan import PROGRAMS_IN_FLIGHT, Entry, Plan
+from portax.tracing import Hooks, run_layer
+from portax.trainer_state import Layer, Section, TrainerState
+
+
+def check_arrays(state: TrainerState) -> None:
+    """Raises a `PlanError` if any leaf has no values to convert, or if leaves are spread over different devices."""
+    problems = []
+    devices: dict[tuple, str] = {}
+    for path, leaf in state.leaves.items():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            cause = "shapes are enough for plan(), not for convert()"
+            problems.append(Problem(state.root + path, "a shape", "an array", cause))
+        elif isinstance(leaf, jax.Array) and leaf.is_deleted():
+            cause = "it was donated to another program, or freed, before the conversion"
+            problems.append(Problem(state.root + path, "a deleted array", "a live array", cause))
+        elif isinstance(leaf, jax.Array) and leaf.committed:
+            devices.setdefault(_device_order(leaf.sharding), path)
+    if len(devices) > 1:
+        found = "; ".join(f"{path} on {[d.id for d in order]}" for order, path in devices.items())
+        cause = "part of the state was moved or restored onto other devices than the rest"
+        problems.append(Problem("params", found, "all leaves on the same devices, in one order", cause))
+    if problems:
+        raise PlanError(problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """Some of the tensors of one layer, made by one call of a program."""
+
+    section: Section
+    layer: Layer
+    tensors: slice
+    entries: tuple[Entry, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
+
+
+class Executor:
+    """Compiles and runs the programs of one converter; keeps them, so that a second run compiles nothing."""
+
+    def __init__(self, hooks: Hooks, mesh: Mesh | None):
+        self._hooks = hooks
+        self._mesh = mesh
+        self._programs: dict[Any, Callable] = {}
+        self._positions: dict[Any, jax.Array] = {}
+
+    def run(
+        self, plan: Plan, sections: Iterable[Section], bucket_bytes: int | None
+    ) -> Iterator[dict[str, Shaped[Array, "..."]]]:
+        """Converts bucket by bucket.
+
+        Args:
+            plan: A plan of these sections.
+            sections: The trainer's weights.
+            bucket_bytes: Most bytes in a bucket, where leaves permit; None makes each layer a bucket.
+        """
+        in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
+        bucket: dict[str, jax.Array] = {}
+        size = 0
+        for job in _jobs(plan, sections, bucket_bytes):
+            if bucket and (bucket_bytes is None or size + job.nbytes > bucket_bytes):
+                yield bucket
+                bucket, size = {}, 0
+            if len(in_flight) == PROGRAMS_IN_FLIGHT:
+                jax.block_until_ready(in_flight.popleft())
+            finished = self._run(job)
+            in_flight.append(finished)
+            bucket |= finished
+            size += job.nbytes
+        yield bucket
+
+    def _run(self, job: _Job) -> dict[str, jax.Array]:
+        arrays = job.section.arrays(job.layer)
+        source = next((leaf.sharding for leaf in arrays if isinstance(leaf, jax.Array)), None)
+        targets = None
+        if self._mesh is not None:
+            targets = tuple(NamedSharding(self._mesh, entry.spec) for entry in job.entries)
+        in_program = source is not None and targets and _device_order(source) == _device_order(targets[0])
+        program = self._program(job, targets if in_program else None)
+        outputs = program(arrays, self._position(job.layer, source))
+        if targets and not in_program:
+            outputs = jax.device_put(outputs, targets)
+        return dict(zip((entry.name for entry in job.entries), outputs, strict=True))
+
+    def _program(self, job: _Job, shardings: tuple[NamedSharding, ...] | None) -> Callable:
+        kind, chosen = job.section.kind, job.tensors
+        key = (kind, chosen.start, chosen.stop, shardings)
+        if key not in self._programs:
+
+            def program(arrays, position):
+                _, tensors = run_layer(self._hooks, kind, arrays, position)
+                return tuple(tensor.array for tensor in tensors[chosen])
+
+            self._programs[key] = jax.jit(program, out_shardings=shardings)
+        return self._programs[key]
+
+    def _position(self, layer: Layer, source: Sharding | None) -> jax.Array | None:
+        if not layer.position:
+            return None
+        key = (layer.position, source)
+        if key not in self._positions:
+            index = np.array(layer.position, np.int32)
+            self._positions[key] = jax.device_put(index, None if source is None else _replicated(source))
+        return self._positions[key]
+
+
+def _jobs(plan: Plan, sections: Iterable[Section], bucket_bytes: int | None) -> Iterator[_Job]:
+    entries = iter(plan.entries)
+    for section, count in zip(sections, plan.tensors_per_layer, strict=True):
+        for layer in section.layers:
+            mine = tuple(itertools.islice(entries, count))
+            for chosen in _cuts(mine, bucket_bytes):
+                yield _Job(section, layer, chosen, mine[chosen])
+
+
+def _cuts(entries: tuple[Entry, ...], most: int | None) -> Iterator[slice]:
+    start = size = 0
+    for i, entry in enumerate(entries):
+        if most is not None and i > start and size + entry.nbytes > most:
+            yield slice(start, i)
+            start, size = i, 0
+        size += entry.nbytes
+    yield slice(start, len(entries))
+
+
+def _device_order(sharding: Sharding) -> tuple[jax.Device, ...]:
+    if isinstance(sharding, NamedSharding):
+        return tuple(sharding.mesh.devices.flat)
+    return tuple(sorted(sharding.device_set, key=lambda device: device.id))
+
+
+def _replicated(sharding: Sharding) -> Sharding:
+    if isinstance(sharding, SingleDeviceSharding):
+        return sharding
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else Mesh(np.array(_device_order(sharding)), ("all",))
+    return NamedSharding(mesh, PartitionSpec())

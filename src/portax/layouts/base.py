@@ -1,0 +1,146 @@
+"""`Layout`: how one kind of engine holds the blocks that a converter names."""
+
+import abc
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Shaped
+
+from portax import blocks, kernels
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["name", "spec", "in_decoder", "tied_to"]
+)
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One leaf of an engine's state.
+
+    Attributes:
+        name: Name relative to the layer, or to the decoder for weights outside the layers.
+        array: The values, in the engine's axis order and dtype (or their shape, in a plan).
+        spec: How the engine partitions it.
+        in_decoder: False for what stands beside the decoder: the output projection.
+        tied_to: Name of the leaf whose values it repeats, where the model ties them.
+    """
+
+    name: str
+    array: Any
+    spec: PartitionSpec = PartitionSpec()
+    in_decoder: bool = True
+    tied_to: str | None = None
+
+
+class Layout(abc.ABC):
+    """How one kind of engine holds weights. Subclasses are frozen dataclasses: equal layouts share programs.
+
+    A layout answers for every kind of block with the arrays that the engine holds for it. Blocks reach it already in
+    the engine's dtype and as raw bits, so all it can do is move, pad and repeat; it knows no model.
+    """
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> jnp.dtype | None:
+        """What the engine stores weights in; None: whatever the trainer has."""
+
+    @property
+    def mesh_axes(self) -> Mapping[str, int]:
+        """Mesh axes that the layout's specs name, and the size each must have."""
+        return {}
+
+    @abc.abstractmethod
+    def path(self, tensor: Tensor, *, layer: int | str | None, wrapper: str) -> str:
+        """The engine's full name of a tensor.
+
+        Args:
+            tensor: The tensor; only its name and place are read.
+            layer: Number of the layer; None outside the layers.
+            wrapper: What the model class wraps its language model in, e.g. `language_model.`.
+        """
+
+    def owns(self, name: str) -> bool:
+        """Whether the engine fills the leaf of this name itself, so that no trainer ever writes it."""
+        return False
+
+    def hold(self, block: blocks.Block) -> tuple[Tensor, ...]:
+        """The arrays that the engine holds for one block.
+
+        Raises:
+            LayoutError: The engine cannot hold it: a size is not divisible by the topology.
+        """
+        float32 = isinstance(block, blocks.Param) and block.float32
+        dtype = jnp.dtype(jnp.float32) if float32 else self.dtype or jnp.result_type(*jax.tree.leaves(block))
+        bits = jax.tree.map(lambda leaf: kernels.to_bits(leaf.astype(dtype)), block)
+        return tuple(
+            dataclasses.replace(tensor, array=kernels.from_bits(tensor.array, dtype)) for tensor in self._arrange(bits)
+        )
+
+    def _arrange(self, block: blocks.Block) -> tuple[Tensor, ...]:
+        match block:
+            case blocks.Linear():
+                return self.linear(block)
+            case blocks.MergedLinear():
+                return self.merged_linear(block)
+            case blocks.QKV():
+                return self.qkv(block)
+            case blocks.FusedMoE():
+                return self.fused_moe(block)
+            case blocks.Embedding():
+                return self.embedding(block)
+            case blocks.LMHead():
+                return self.lm_head(block)
+            case blocks.TiedLMHead():
+                return self.tied_lm_head(block)
+            case blocks.Param():
+                return (Tensor(block.name, block.value),)
+
+    @abc.abstractmethod
+    def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:
+        """Holds a matrix product."""
+
+    @abc.abstractmethod
+    def merged_linear(self, block: blocks.MergedLinear) -> tuple[Tensor, ...]:
+        """Holds column-parallel products of one input."""
+
+    @abc.abstractmethod
+    def qkv(self, block: blocks.QKV) -> tuple[Tensor, ...]:
+        """Holds attention projections."""
+
+    @abc.abstractmethod
+    def fused_moe(self, block: blocks.FusedMoE) -> tuple[Tensor, ...]:
+        """Holds routed experts."""
+
+    @abc.abstractmethod
+    def embedding(self, block: blocks.Embedding) -> tuple[Tensor, ...]:
+        """Holds a token embedding."""
+
+    @abc.abstractmethod
+    def lm_head(self, block: blocks.LMHead) -> tuple[Tensor, ...]:
+        """Holds an output projection of its own."""
+
+    @abc.abstractmethod
+    def tied_lm_head(self, block: blocks.TiedLMHead) -> tuple[Tensor, ...]:
+        """Holds an output projection that is the embedding."""
+
+
+def in_decoder(tensor: Tensor, layer: int | str | None) -> str:
+    """The name of a tensor below the decoder: `layers.3.self_attn.o_proj.weight`, `norm.weight`."""
+    return tensor.name if layer is None else f"layers.{layer}.{tensor.name}"
+
+
+def as_matrix(block: blocks.Linear) -> Shaped[Array, "in out"]:
+    """The kernel of a linear block as a matrix: heads, or whatever axes one side has, flattened."""
+    kernel = block.kernel
+    rows = math.prod(kernel.shape[:-1]) if block.parallel == "row" else kernel.shape[0]
+    return kernel.reshape(rows, -1)
+
+
+def flat_columns(kernel: Shaped[Array, "in ..."]) -> Shaped[Array, "in out"]:
+    """A column-parallel kernel as a matrix."""
+    return kernel.reshape(kernel.shape[0], -1)

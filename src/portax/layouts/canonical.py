@@ -1,0 +1,69 @@
+"""`Canonical`: vLLM's own parameters at TP=1, the contract for engines that lay weights out themselves."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from portax import blocks, kernels
+from portax.layouts.base import Layout, Tensor, as_matrix, flat_columns, in_decoder
+
+_VOCAB_MULTIPLE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Canonical(Layout):
+    """vLLM's parameters at TP=1: `[out, in]` linears, `qkv = [q | k | v]`, `w13 = [E, 2F, D]`, `w2 = [E, D, F]`.
+
+    Attributes:
+        dtype: What to store weights in; None keeps the trainer's dtype.
+
+    Source: vLLM 0.32, model_executor/layers: linear.py, vocab_parallel_embedding.py,
+    fused_moe/unquantized_fused_moe_method.py.
+    """
+
+    dtype: Any = None
+
+    def __post_init__(self):
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+
+    def path(self, tensor: Tensor, *, layer: int | str | None, wrapper: str) -> str:
+        """The wrapper, `model.` and the layer in front of the tensor's name."""
+        return f"{wrapper}model.{in_decoder(tensor, layer)}" if tensor.in_decoder else f"{wrapper}{tensor.name}"
+
+    def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:
+        """`[out, in]`."""
+        return (Tensor(f"{block.name}.weight", as_matrix(block).T),)
+
+    def merged_linear(self, block: blocks.MergedLinear) -> tuple[Tensor, ...]:
+        """The parts one below the other, `[out_a + out_b, in]`."""
+        parts = [flat_columns(part) for group in block.parts for part in group]
+        return (Tensor(f"{block.name}.weight", kernels.interleave(parts, shards=1).T),)
+
+    def qkv(self, block: blocks.QKV) -> tuple[Tensor, ...]:
+        """`[q | k | v]` rows, heads in order."""
+        value = block.key if block.value is None else block.value
+        packed = kernels.pack_qkv(block.query, block.key, value, shards=1, replicate_kv=True)
+        return (Tensor(f"{block.name}.qkv_proj.weight", packed.T),)
+
+    def fused_moe(self, block: blocks.FusedMoE) -> tuple[Tensor, ...]:
+        """`w13 = [E, 2F, D]`, gate above up, and `w2 = [E, D, F]`."""
+        w13 = jnp.concatenate([block.gate, block.up], axis=2)
+        return (
+            Tensor(f"{block.name}.routed_experts.w13_weight", w13.swapaxes(1, 2)),
+            Tensor(f"{block.name}.routed_experts.w2_weight", block.down.swapaxes(1, 2)),
+        )
+
+    def embedding(self, block: blocks.Embedding) -> tuple[Tensor, ...]:
+        """`[vocab, embed]`, zero rows up to a multiple of 64."""
+        return (Tensor(f"{block.name}.weight", kernels.pad_axis(block.table, axis=0, multiple=_VOCAB_MULTIPLE)),)
+
+    def lm_head(self, block: blocks.LMHead) -> tuple[Tensor, ...]:
+        """As the embedding, beside the decoder."""
+        table = kernels.pad_axis(block.kernel.T, axis=0, multiple=_VOCAB_MULTIPLE)
+        return (Tensor("lm_head.weight", table, in_decoder=False),)
+
+    def tied_lm_head(self, block: blocks.TiedLMHead) -> tuple[Tensor, ...]:
+        """Nothing: the embedding is the head."""
+        return ()

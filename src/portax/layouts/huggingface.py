@@ -1,0 +1,77 @@
+"""`HuggingFace`: the hub's tensors, which transformers and every other engine load."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from portax import blocks
+from portax.layouts.base import Layout, Tensor, as_matrix, flat_columns, in_decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFace(Layout):
+    """The tensors of a checkpoint on the Hugging Face hub: `[out, in]` linears, every projection a tensor of its own.
+
+    Attributes:
+        dtype: What to store weights in; None keeps the trainer's dtype.
+
+    Source: transformers 5.23, models/qwen3 and models/qwen3_moe.
+    """
+
+    dtype: Any = None
+
+    def __post_init__(self):
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+
+    def path(self, tensor: Tensor, *, layer: int | str | None, wrapper: str) -> str:
+        """`model.`, the wrapper and the layer in front of the tensor's name; the head stands alone."""
+        return f"model.{wrapper}{in_decoder(tensor, layer)}" if tensor.in_decoder else tensor.name
+
+    def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:
+        """`[out, in]`."""
+        return (Tensor(f"{block.name}.weight", as_matrix(block).T),)
+
+    def merged_linear(self, block: blocks.MergedLinear) -> tuple[Tensor, ...]:
+        """Each group of parts under its own name, `[out, in]`."""
+        return tuple(
+            Tensor(f"{name}.weight", jnp.concatenate([flat_columns(part) for part in group], axis=1).T)
+            for name, group in zip(block.hub, block.parts, strict=True)
+        )
+
+    def qkv(self, block: blocks.QKV) -> tuple[Tensor, ...]:
+        """`q_proj`, `k_proj` and, unless the keys serve as values, `v_proj`."""
+        kernels = {"q_proj": block.query, "k_proj": block.key, "v_proj": block.value}
+        return tuple(
+            Tensor(f"{block.name}.{name}.weight", flat_columns(kernel).T)
+            for name, kernel in kernels.items()
+            if kernel is not None
+        )
+
+    def fused_moe(self, block: blocks.FusedMoE) -> tuple[Tensor, ...]:
+        """Each expert's three projections, or all experts stacked as `gate_up_proj` and `down_proj`."""
+        if block.hub == "stacked":
+            gate_up = jnp.concatenate([block.gate, block.up], axis=2)
+            return (
+                Tensor(f"{block.name}.gate_up_proj", gate_up.swapaxes(1, 2)),
+                Tensor(f"{block.name}.down_proj", block.down.swapaxes(1, 2)),
+            )
+        kernels = {"gate_proj": block.gate, "up_proj": block.up, "down_proj": block.down}
+        return tuple(
+            Tensor(f"{block.name}.{expert}.{name}.weight", kernel[expert].T)
+            for expert in range(block.gate.shape[0])
+            for name, kernel in kernels.items()
+        )
+
+    def embedding(self, block: blocks.Embedding) -> tuple[Tensor, ...]:
+        """`[vocab, embed]`."""
+        return (Tensor(f"{block.name}.weight", block.table),)
+
+    def lm_head(self, block: blocks.LMHead) -> tuple[Tensor, ...]:
+        """`[vocab, embed]`."""
+        return (Tensor("lm_head.weight", block.kernel.T, in_decoder=False),)
+
+    def tied_lm_head(self, block: blocks.TiedLMHead) -> tuple[Tensor, ...]:
+        """Nothing: the hub's config says that they are tied."""
+        return ()

@@ -1,0 +1,91 @@
+"""What a hook sees: the leaves of one layer, read by path, checked against the config, sliced on read."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Shaped
+
+from portax import kernels
+from portax.config import ModelConfig
+from portax.errors import Problem
+
+
+class Leaves:
+    """The trainer's leaves of one layer, or of the model outside its layers.
+
+    Reading one states what it must be: `layer.read("mlp/wo/kernel", "mlp_dim emb_dim")`. A leaf that is missing or of
+    another shape or kind is recorded in `problems` and read as zeros of the right shape, so that one pass over all
+    hooks finds everything that is wrong; nothing runs while there are problems.
+
+    Attributes:
+        config: Where the sizes of the axes come from.
+        problems: What has been found wrong so far; leaves are named relative to the layer.
+        expected: Shape, in the trainer's form, of every leaf that has been asked for.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, Any],
+        config: ModelConfig,
+        *,
+        scan: tuple[int, ...] = (),
+        position: Int[Array, " depth"] | None = None,
+    ):
+        self.config = config
+        self.problems: list[Problem] = []
+        self.expected: dict[str, tuple[int, ...]] = {}
+        self._arrays = arrays
+        self._scan = scan
+        self._position = position
+
+    def __contains__(self, path: str) -> bool:
+        """Whether the tree has this leaf; what that decides, the config must permit."""
+        return path in self._arrays
+
+    def read(self, path: str, axes: str) -> Shaped[Array, "..."]:
+        """One leaf of this layer, without its scan axes.
+
+        Args:
+            path: Path relative to the layer, e.g. `self_attention/query/kernel`.
+            axes: Name or product of config fields for each axis, e.g. `emb_dim num_query_heads 2*head_dim`.
+        """
+        names = axes.split()
+        shape = tuple(self.config.size(name) for name in names)
+        at = self.config.param_scan_axis
+        self.expected[path] = expected = shape[:at] + self._scan + shape[at:]
+        leaf = self._arrays.get(path)
+        labels = [f"{name}={size}" for name, size in zip(names, shape, strict=True)]
+        labels[at:at] = [f"layers={size}" for size in self._scan]
+        if problem := _problem(path, leaf, expected, "[" + ", ".join(labels) + "]"):
+            self.problems.append(problem)
+            dtype = leaf.dtype if leaf is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.float32
+            return jnp.zeros(shape, dtype)
+        if not self._scan:
+            return jnp.asarray(leaf)
+        return kernels.unscan(leaf, self._position, axes=tuple(range(at, at + len(self._scan))))
+
+
+def _problem(path: str, leaf: Any, expected: tuple[int, ...], labels: str) -> Problem | None:
+    if leaf is None:
+        return Problem(
+            path,
+            "nothing",
+            f"a leaf of shape {labels}",
+            "the tree is of another model or MaxText version, or the config does not describe it",
+        )
+    if leaf.shape != expected:
+        return Problem(
+            path,
+            f"shape {list(leaf.shape)}",
+            f"{list(expected)} = {labels}",
+            "the config is of another size, or param_scan_axis or scan_layers differs from the trainer's",
+        )
+    if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize == 1:
+        return Problem(
+            path,
+            f"dtype {leaf.dtype}",
+            "float32, bfloat16 or float16",
+            "a quantised or packed checkpoint: dequantise it, its scales are not part of this conversion",
+        )
+    return None

@@ -1,0 +1,114 @@
+"""From a section of the trainer's tree to the engine's tensors: for real inside a program, or abstractly in a plan."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, Literal
+from jaxtyping import Array, Int
+
+from portax.blocks import Block
+from portax.config import ModelConfig
+from portax.errors import LayoutError, Problem
+from portax.layouts import Layout, Tensor
+from portax.leaves import Leaves
+from portax.trainer_state import Kind, Section
+
+
+class Hooks(Protocol):
+    """What tracing needs of a converter."""
+
+    config: ModelConfig
+    layout: Layout
+
+    def global_weights(self, model: Leaves) -> tuple[Block, ...]:
+        """Blocks outside the layers."""
+
+    def layer_blocks(self, layer: Leaves) -> tuple[Block, ...]:
+        """Blocks of one layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What one section turns into, from shapes alone.
+
+    Attributes:
+        tensors: The engine's tensors of one layer; their arrays are `jax.ShapeDtypeStruct`s.
+        sources: For each tensor, the trainer leaves that its values come from, relative to the layer.
+        problems: What is wrong; leaves are named relative to the layer.
+    """
+
+    tensors: tuple[Tensor, ...]
+    sources: tuple[tuple[str, ...], ...]
+    problems: tuple[Problem, ...]
+
+
+def hold(hooks: Hooks, leaves: Leaves, *, is_global: bool) -> tuple[Tensor, ...]:
+    """Asks the hooks what the leaves are, and the layout how the engine holds that.
+
+    Blocks that the layout refuses are recorded in `leaves.problems`.
+    """
+    tensors: list[Tensor] = []
+    for block in hooks.global_weights(leaves) if is_global else hooks.layer_blocks(leaves):
+        try:
+            tensors += hooks.layout.hold(block)
+        except LayoutError as error:
+            leaves.problems.append(
+                Problem(
+                    getattr(block, "name", type(block).__name__),
+                    str(error),
+                    f"sizes that {type(hooks.layout).__name__} can cut",
+                    "this tensor-parallel size does not fit this model",
+                )
+            )
+    return tuple(tensors)
+
+
+def run_layer(
+    hooks: Hooks, kind: Kind, arrays: tuple[Any, ...], position: Int[Array, " depth"] | None
+) -> tuple[Leaves, tuple[Tensor, ...]]:
+    """The tensors of one layer, given its arrays and its place in their stack."""
+    leaves = Leaves(dict(zip(kind.paths, arrays, strict=True)), hooks.config, scan=kind.scan, position=position)
+    return leaves, hold(hooks, leaves, is_global=kind.is_global)
+
+
+def trace(hooks: Hooks, section: Section) -> Trace:
+    """Runs the hooks on shapes; no weight is touched."""
+    kind = section.kind
+    problems: list[Problem] = []
+
+    def one_layer(arrays, position):
+        leaves, tensors = run_layer(hooks, kind, arrays, position)
+        problems.extend(leaves.problems)
+        return tensors
+
+    shapes = tuple(
+        jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+        for leaf in section.arrays(section.layers[0])
+    )
+    position = jax.ShapeDtypeStruct((len(kind.scan),), jnp.int32) if kind.scan else None
+    jaxpr, tensors = jax.make_jaxpr(one_layer, return_shape=True)(shapes, position)
+    names = (*kind.paths, *(() if position is None else (None,)))
+    sources = tuple(
+        tuple(names[i] for i in sorted(feeds) if names[i] is not None) for feeds in _provenance(jaxpr.jaxpr)
+    )
+    return Trace(tensors, sources, tuple(problems))
+
+
+def _provenance(jaxpr: Jaxpr) -> list[frozenset[int]]:
+    """For each output, the inputs that its value depends on."""
+    feeds = {variable: frozenset({i}) for i, variable in enumerate(jaxpr.invars)}
+
+    def of(atom) -> frozenset[int]:
+        return frozenset() if isinstance(atom, Literal) else feeds.get(atom, frozenset())
+
+    for equation in jaxpr.eqns:
+        inputs = [of(atom) for atom in equation.invars]
+        if equation.primitive.name in ("jit", "pjit"):
+            inner = _provenance(equation.params["jaxpr"].jaxpr)
+            outputs = [frozenset().union(*(inputs[i] for i in indices)) for indices in inner]
+        else:
+            outputs = [frozenset().union(*inputs)] * len(equation.outvars)
+        feeds |= zip(equation.outvars, outputs, strict=True)
+    return [of(atom) for atom in jaxpr.outvars]
