@@ -4,6 +4,7 @@ import abc
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -15,6 +16,7 @@ from portax.errors import ConfigError, LayoutError
 from portax.layouts import Layout, TpuInference
 from portax.leaves import Leaves
 from portax.plan import Plan, make_plan
+from portax.tracing import hold
 
 Blocks: TypeAlias = tuple[blocks.Block, ...]
 Weights: TypeAlias = dict[str, Shaped[Array, "..."]]
@@ -184,6 +186,23 @@ class BaseConverter(abc.ABC):
             PlanError: As `plan`; before the first bucket.
         """
         return self._buckets(params, bucket_bytes, None)
+
+    def expected_tree(self, *, scanned: bool = True, dtype: Any = np.float32) -> dict[str, jax.ShapeDtypeStruct]:
+        """The trainer's tree that the configuration implies, for planning without one.
+
+        Args:
+            scanned: Whether layers are stacked.
+            dtype: Dtype of every leaf.
+
+        Returns:
+            Shapes by path.
+        """
+        depth = self.config.num_decoder_layers
+        model, layer = Leaves({}, self.config), Leaves({}, self.config, scan=(depth,) if scanned else ())
+        jax.eval_shape(lambda: (hold(self, model, is_global=True), hold(self, layer, is_global=False)))
+        containers = ["decoder/layers"] if scanned else [f"decoder/layers_{i}" for i in range(depth)]
+        shapes = model.expected | {f"{at}/{path}": shape for at in containers for path, shape in layer.expected.items()}
+        return {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
 
     def _buckets(self, params: Any, bucket_bytes: int | None, strict_dtype: bool | None) -> Iterator[Weights]:
         state = trainer_state.read(params)

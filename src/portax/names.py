@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 
 _NUMBER = re.compile(r"\d+")
+_INDEX = re.compile(r"(?<=[./])\d+(?=[./])|(?<=/layers_)\d+(?=/)")  # of a layer or an expert
 
 
 def natural_order(name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -12,8 +13,8 @@ def natural_order(name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
 
 
 def family(name: str) -> str:
-    """The name with every number that is a path component (or its suffix) replaced: `layers.*.mlp`."""
-    return re.sub(r"(?<=[._/])\d+(?=[./]|$)", "*", name)
+    """The name with layer and expert numbers left out: `layers.*.mlp.gate.weight`."""
+    return _INDEX.sub("*", name)
 
 
 def fold(names: Iterable[str]) -> list[str]:
@@ -27,8 +28,7 @@ def fold(names: Iterable[str]) -> list[str]:
     """
     families: dict[str, list[tuple[str, ...]]] = {}
     for name in names:
-        numbers = tuple(re.findall(r"(?<=[._/])\d+(?=[./]|$)", name))
-        families.setdefault(family(name), []).append(numbers)
+        families.setdefault(family(name), []).append(tuple(_INDEX.findall(name)))
     return [_folded(pattern, rows) for pattern, rows in families.items()]
 
 

@@ -1,7 +1,7 @@
 """From a section of the trainer's tree to the engine's tensors: for real inside a program, or abstractly in a plan."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from portax.leaves import Leaves
 from portax.trainer_state import Kind, Section
 
 
+@runtime_checkable
 class Hooks(Protocol):
     """What tracing needs of a converter."""
 

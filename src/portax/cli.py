@@ -1,0 +1,203 @@
+"""The `portax` command: plan, convert, verify, demo.
+
+Exit codes: 0 done and exact; 1 a leaf differs, or the plan has problems; 2 the command, a file, the configuration or the
+layout is not usable.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, logging
+from absl.flags import argparse_flags
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import Progress
+
+from portax import demo, files, layouts, report
+from portax.config import ModelConfig
+from portax.errors import ConfigError, PlanError, PortaxError
+from portax.golden import Comparison, Golden, compare
+from portax.models import converter_for
+from portax.resources import config_path
+
+_LAYOUTS = {"tpu-inference": layouts.TpuInference, "canonical": layouts.Canonical, "huggingface": layouts.HuggingFace}
+
+
+def run() -> None:
+    """Entry point of the `portax` command."""
+    app.run(_main, flags_parser=_parse)
+
+
+def _main(args: argparse.Namespace) -> int:
+    try:
+        return args.command(args)
+    except PlanError as error:
+        logging.error("%s", error)
+        return 1
+    except PortaxError as error:
+        logging.error("%s", error)
+        return 2
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse_flags.ArgumentParser(prog="portax", description=__doc__.splitlines()[0], epilog=_exit_codes())
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, function, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, inherited_absl_flags=None)
+        sub.set_defaults(command=function)
+        sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        return sub
+
+    plan = command("plan", _plan, "Show what would be written from what; touches no weight.")
+    _add_model(plan, tree_required=False)
+    _add_layout(plan)
+    convert = command("convert", _convert, "Convert a tree and write the engine's weights to a safetensors file.")
+    _add_model(convert, tree_required=True)
+    _add_layout(convert)
+    convert.add_argument("--out", required=True, metavar="FILE", help="safetensors file to write; must not exist")
+    verify = command("verify", _verify, "Convert a tree and hold every leaf against a golden file, both ways.")
+    _add_model(verify, tree_required=True)
+    verify.add_argument("--golden", required=True, metavar="FILE", help="digests of an engine's state, or hf.json")
+    show = command("demo", _demo, "Convert shipped MaxText trees and check every leaf against the real engine's.")
+    show.add_argument("--model", action="append", default=[], metavar="NAME", help="only this model; may be repeated")
+    return parser.parse_args(argv[1:])
+
+
+def _exit_codes() -> str:
+    return " ".join((__doc__ or "").split("\n\n")[1].split())
+
+
+def _add_model(parser: argparse.ArgumentParser, *, tree_required: bool) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", metavar="NAME", help="a model whose configuration is shipped, e.g. qwen3-30b-a3b")
+    which.add_argument("--config", metavar="FILE", help="MaxText model YAML, or a hub config.json")
+    help_text = "trainer's tree: .safetensors by path, or a dumped tree's .json (filled with probe values)"
+    if not tree_required:
+        help_text += "; without it, the tree that the configuration implies"
+    parser.add_argument("--tree", required=tree_required, metavar="FILE", help=help_text)
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layout", choices=_LAYOUTS, default="tpu-inference", help="how the engine holds weights")
+    parser.add_argument("--engine-version", metavar="X.Y", help="version of tpu-inference; default: the installed one")
+    parser.add_argument("--tp", type=int, help="tensor-parallel size; required by tpu-inference")
+    parser.add_argument("--moe-backend", choices=("gmm_tp", "gmm_ep", "fused_moe"), default="gmm_tp")
+    parser.add_argument("--strict-dtype", action="store_true", help="make a cast that loses precision an error")
+
+
+def _layout(args: argparse.Namespace) -> layouts.Layout:
+    if args.layout != "tpu-inference":
+        return _LAYOUTS[args.layout]()
+    if args.tp is None:
+        raise ConfigError("--tp is required: a tensor-parallel size is never assumed")
+    if args.engine_version is None:
+        return layouts.TpuInference.installed(tp=args.tp, moe_backend=args.moe_backend)
+    return layouts.TpuInference(version=args.engine_version, tp=args.tp, moe_backend=args.moe_backend)
+
+
+def _inputs(args: argparse.Namespace) -> tuple[dict[str, Any] | None, ModelConfig]:
+    """The tree, if one is given, and the configuration."""
+    params, config = files.read_tree(args.tree) if args.tree else (None, None)
+    config = args.config or (config_path(args.model) if args.model else config)
+    if config is None:
+        raise ConfigError("no configuration: pass --model or --config; this tree does not carry one")
+    return params, ModelConfig.of(config)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    params, config = _inputs(args)
+    converter = converter_for(config, layout=_layout(args), strict_dtype=args.strict_dtype)
+    plan = converter.plan(converter.expected_tree() if params is None else params)
+    _print(plan.to_json() if args.json else str(plan))
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    params, config = _inputs(args)
+    converter = converter_for(config, layout=_layout(args), strict_dtype=args.strict_dtype)
+    plan = converter.plan(params)
+    start = time.perf_counter()
+    weights: dict[str, Any] = {}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("converting", total=plan.bytes_out)
+        for bucket in converter.stream(params, bucket_bytes=2**28):
+            weights |= jax.device_get(bucket)
+            progress.advance(task, sum(leaf.nbytes for leaf in bucket.values()))
+    seconds = time.perf_counter() - start
+    files.write_weights(args.out, weights)
+    summary = {"out": args.out, "leaves": len(weights), "bytes": plan.bytes_out, "seconds": round(seconds, 3)}
+    text = f"{len(weights)} leaves, {report.size(plan.bytes_out)}, converted in {seconds:.1f} s; written to {args.out}"
+    _print(json.dumps(summary) if args.json else text)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    golden = Golden.load(args.golden)
+    tp = golden.layout.mesh_axes.get("model", 1)
+    _simulate_devices(tp)
+    params, config = _inputs(args)
+    mesh = Mesh(np.array(jax.devices()[:tp]), ("model",)) if golden.layout.mesh_axes else None
+    weights = converter_for(config, layout=golden.layout, mesh=mesh).convert(params)
+    rows = compare(weights, golden)
+    if args.json:
+        _print(json.dumps({"layout": repr(golden.layout), "exact": _exact(rows), "leaves": _rows_json(rows)}, indent=1))
+    else:
+        Console().print(report.comparison_table(rows))
+        _print(f"{_tally(rows)}  ({golden.layout})")
+    return 0 if _exact(rows) else 1
+
+
+def _demo(args: argparse.Namespace) -> int:
+    _simulate_devices(demo.DEVICES)
+    start = time.perf_counter()
+    results = []
+    console = Console(stderr=True)
+    with console.status("planning, compiling and converting the first model ...") as status:
+        for result in demo.runs(args.model):
+            results.append(result)
+            status.update(f"{result.model} tp={result.tp} done")
+            if not args.json:
+                Console().print(report.comparison_table(result.rows), end="")
+                _print(f"{result.model} for {result.plan.layout}\n{_tally(result.rows)} in {result.seconds:.1f} s\n")
+    seconds = time.perf_counter() - start
+    exact = all(result.exact for result in results)
+    if args.json:
+        rows = [
+            {"model": r.model, "tp": r.tp, "exact": r.exact, "seconds": round(r.seconds, 3), "leaves": _rows_json(r.rows)}
+            for r in results
+        ]
+        _print(json.dumps({"exact": exact, "seconds": round(seconds, 3), "runs": rows}, indent=1))
+    else:
+        leaves = sum(len(result.rows) for result in results)
+        verdict = "every one exact" if exact else "NOT all exact"
+        _print(f"{len(results)} conversions, {leaves} leaves against the real engine's digests: {verdict}; {seconds:.0f} s")
+    return 0 if exact else 1
+
+
+def _simulate_devices(count: int) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def _exact(rows: Sequence[Comparison]) -> bool:
+    return not any(row.difference for row in rows)
+
+
+def _tally(rows: Sequence[Comparison]) -> str:
+    wrong = sum(bool(row.difference) for row in rows)
+    return f"{len(rows)} leaves, {f'{wrong} differ' if wrong else 'all exact'}"
+
+
+def _rows_json(rows: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
+    return {row.name: {"bytes": row.nbytes, "exact": not row.difference, "difference": row.difference} for row in rows}
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")

@@ -1,0 +1,78 @@
+"""The main job on shipped data: real MaxText trees, converted and held against the real engine's digests."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from portax.errors import ConfigError
+from portax.golden import Comparison, Golden, Tree, compare
+from portax.models import converter_for
+from portax.plan import Plan
+from portax.resources import demo_goldens
+
+DEVICES = 8
+_ENGINE = "tpu-inference-0.32.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One conversion of the demo.
+
+    Attributes:
+        model: MaxText's name of the model.
+        tp: Tensor-parallel size of the engine.
+        plan: The plan.
+        rows: Every leaf against the engine's digest.
+        seconds: Time to plan, compile and convert.
+    """
+
+    model: str
+    tp: int
+    plan: Plan
+    rows: list[Comparison]
+    seconds: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether no leaf differs."""
+        return not any(row.difference for row in self.rows)
+
+
+def runs(models: list[str]) -> Iterator[Run]:
+    """Converts each model for tp 1, 2, 4 and 8 on eight devices.
+
+    Args:
+        models: MaxText's names of shipped trees; none for all of them.
+
+    Raises:
+        ConfigError: A model is not shipped.
+    """
+    known = demo_goldens()
+    if unknown := [model for model in models if model not in known]:
+        raise ConfigError(f"the demo has no tree of {', '.join(unknown)}; it has {', '.join(known)}")
+    devices = np.array(jax.devices()[:DEVICES])
+    for model in models or known:
+        tree = Tree.load(known[model] / "source.json")
+        params = {path: _fsdp(leaf, Mesh(devices, ("fsdp",))) for path, leaf in tree.fill().items()}
+        for tp in (1, 2, 4, 8):
+            golden = Golden.load(known[model] / f"{_ENGINE}.tp{tp}.json")
+            mesh = Mesh(devices.reshape(-1, tp), ("data", "model"))
+            start = time.perf_counter()
+            converter = converter_for(tree.config, layout=golden.layout, mesh=mesh)
+            plan = converter.plan(params)
+            weights = jax.block_until_ready(converter.convert(params))
+            seconds = time.perf_counter() - start
+            yield Run(model, tp, plan, compare(weights, golden), seconds)
+
+
+def _fsdp(leaf: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A leaf cut over all devices on its longest axis that they divide."""
+    cuttable = [axis for axis, size in enumerate(leaf.shape) if size % mesh.size == 0]
+    spec: list[str | None] = [None] * leaf.ndim
+    if cuttable:
+        spec[max(cuttable, key=lambda axis: leaf.shape[axis])] = "fsdp"
+    return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))

@@ -1,0 +1,36 @@
+"""Files that ship with portax: model configurations and the demo's goldens."""
+
+import pathlib
+
+from portax.errors import ConfigError
+
+_PACKAGE = pathlib.Path(__file__).parent
+_CHECKOUT = _PACKAGE.parents[1]
+
+
+def config_path(model: str) -> pathlib.Path:
+    """The shipped configuration of a model.
+
+    Args:
+        model: MaxText's name of it, e.g. `qwen3-30b-a3b`.
+
+    Raises:
+        ConfigError: No configuration of that name is shipped; the message lists those that are.
+    """
+    folder = _folder("configs", "configs")
+    known = {path.stem: path for path in sorted(folder.glob("*.yml"))}
+    if model not in known:
+        raise ConfigError(f"no configuration is shipped for {model!r}; there are {', '.join(known)}")
+    return known[model]
+
+
+def demo_goldens() -> dict[str, pathlib.Path]:
+    """The demo's models: folder with `source.json` and engine goldens, by MaxText's name."""
+    folder = _folder("goldens", "tests/golden")
+    return {path.name.removesuffix(".scan"): path for path in sorted(folder.glob("*.scan"))}
+
+
+def _folder(installed: str, checkout: str) -> pathlib.Path:
+    """A wheel carries the files inside the package; an editable install finds them in the checkout."""
+    packaged = _PACKAGE / installed
+    return packaged if packaged.is_dir() else _CHECKOUT / checkout

@@ -1,0 +1,85 @@
+"""Eight simulated devices, the goldens, and a counter of compilations."""
+
+import contextlib
+import functools
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from portax.golden import Tree
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+TREES = sorted(path.name for path in GOLDEN.iterdir())
+
+
+@functools.cache
+def tree(name: str) -> Tree:
+    return Tree.load(GOLDEN / name / "source.json")
+
+
+@functools.cache
+def filled(name: str) -> dict[str, np.ndarray]:
+    return tree(name).fill()
+
+
+def mesh(**axes: int) -> Mesh:
+    count = int(np.prod(list(axes.values())))
+    return Mesh(np.array(jax.devices()[:count]).reshape(tuple(axes.values())), tuple(axes))
+
+
+def engine_mesh(tp: int) -> Mesh:
+    return mesh(data=8 // tp, model=tp)
+
+
+def sharded(params: dict[str, np.ndarray], on: Mesh) -> dict[str, jax.Array]:
+    """Every leaf cut on as many of the mesh's axes as its dimensions permit, last dimensions first."""
+
+    def put(leaf):
+        axes = list(on.shape.items())
+        spec = [None] * leaf.ndim
+        for i in reversed(range(leaf.ndim)):
+            if axes and leaf.shape[i] % axes[-1][1] == 0:
+                spec[i] = axes.pop()[0]
+        return jax.device_put(leaf, NamedSharding(on, PartitionSpec(*spec)))
+
+    return {path: put(leaf) for path, leaf in params.items()}
+
+
+def nested(flat: dict) -> dict:
+    root: dict = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return root
+
+
+class Compilations:
+    """Counts programs that the backend compiles."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration: float, **_):
+        self.count += event.endswith("backend_compile_duration")
+
+    @contextlib.contextmanager
+    def measured(self):
+        before = self.count
+        box = []
+        yield box
+        box.append(self.count - before)
+
+
+@pytest.fixture(scope="session")
+def compilations():
+    return Compilations()
