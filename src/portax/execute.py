@@ -14,7 +14,7 @@ from jaxtyping import Array, Shaped
 from portax.errors import PlanError, Problem
 from portax.plan import PROGRAMS_IN_FLIGHT, Entry, Plan
 from portax.tracing import Hooks, run_layer
-from portax.trainer_state import Layer, Section, TrainerState
+from portax.trainer_state import Kind, Layer, Section, TrainerState
 
 
 def check_arrays(state: TrainerState) -> None:
@@ -87,38 +87,46 @@ class Executor:
         yield bucket
 
     def _run(self, job: _Job) -> dict[str, jax.Array]:
-        arrays = job.section.arrays(job.layer)
+        kind, arrays, position = _operands(job, self._hooks.config.param_scan_axis)
         source = next((leaf.sharding for leaf in arrays if isinstance(leaf, jax.Array)), None)
         targets = None
         if self._mesh is not None:
             targets = tuple(NamedSharding(self._mesh, entry.spec) for entry in job.entries)
         in_program = source is not None and targets and _device_order(source) == _device_order(targets[0])
-        program = self._program(job, targets if in_program else None)
-        outputs = program(arrays, self._position(job.layer, source))
+        program = self._program(kind, job.tensors, targets if in_program else None)
+        outputs = program(arrays, self._placed(position, source))
         if targets and not in_program:
             outputs = jax.device_put(outputs, targets)
         return dict(zip((entry.name for entry in job.entries), outputs, strict=True))
 
-    def _program(self, job: _Job, shardings: tuple[NamedSharding, ...] | None) -> Callable:
-        kind, chosen = job.section.kind, job.tensors
-        key = (kind, chosen.start, chosen.stop, shardings)
+    def _program(self, kind: Kind, tensors: slice, shardings: tuple[NamedSharding, ...] | None) -> Callable:
+        key = (kind, tensors.start, tensors.stop, shardings)
         if key not in self._programs:
 
             def program(arrays, position):
-                _, tensors = run_layer(self._hooks, kind, arrays, position)
-                return tuple(tensor.array for tensor in tensors[chosen])
+                _, made = run_layer(self._hooks, kind, arrays, position)
+                return tuple(tensor.array for tensor in made[tensors])
 
             self._programs[key] = jax.jit(program, out_shardings=shardings)
         return self._programs[key]
 
-    def _position(self, layer: Layer, source: Sharding | None) -> jax.Array | None:
-        if not layer.position:
+    def _placed(self, position: tuple[int, ...], source: Sharding | None) -> jax.Array | None:
+        if not position:
             return None
-        key = (layer.position, source)
+        key = (position, source)
         if key not in self._positions:
-            index = np.array(layer.position, np.int32)
-            self._positions[key] = jax.device_put(index, None if source is None else _replicated(source))
+            where = None if source is None else _replicated(source)
+            self._positions[key] = jax.device_put(np.array(position, np.int32), where)
         return self._positions[key]
+
+
+def _operands(job: _Job, scan_axis: int) -> tuple[Kind, tuple[Any, ...], tuple[int, ...]]:
+    """What a program is called with. Stacks in host memory are sliced there, so that one layer at a time is moved."""
+    kind, arrays, position = job.section.kind, job.section.arrays(job.layer), job.layer.position
+    if position and all(isinstance(leaf, np.ndarray) for leaf in arrays):
+        at = (slice(None),) * scan_axis + position
+        return dataclasses.replace(kind, scan=()), tuple(leaf[at] for leaf in arrays), ()
+    return kind, arrays, position
 
 
 def _jobs(plan: Plan, sections: Iterable[Section], bucket_bytes: int | None) -> Iterator[_Job]:

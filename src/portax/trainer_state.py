@@ -214,7 +214,4 @@ def _layers(state: TrainerState, scan_axis: int) -> list[Layer]:
 def _unstack(container: str, leaves: dict[str, Any], scan_axis: int) -> list[Layer]:
     lengths = [leaf.shape[scan_axis] for leaf in leaves.values() if len(leaf.shape) > scan_axis]
     length = statistics.mode(lengths) if lengths else 0
-    if not all(isinstance(leaf, np.ndarray) and leaf.shape[scan_axis : scan_axis + 1] == (length,) for leaf in leaves.values()):
-        return [Layer(i, container, leaves, (length,), (i,)) for i in range(length)]
-    on_host = {path: np.moveaxis(leaf, scan_axis, 0) for path, leaf in leaves.items()}  # views: a layer at a time
-    return [Layer(i, container, {path: leaf[i] for path, leaf in on_host.items()}) for i in range(length)]
+    return [Layer(i, container, leaves, (length,), (i,)) for i in range(length)]

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import re
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -19,8 +19,7 @@ from portax import blocks, kernels
 from portax.errors import LayoutError
 from portax.layouts.base import Layout, Tensor, as_matrix, flat_columns, in_decoder
 
-MoeBackend = Literal["gmm_tp", "gmm_ep", "fused_moe"]
-
+_MOE_BACKENDS = ("gmm_tp", "gmm_ep", "fused_moe")
 _AXIS = "model"
 _VOCAB_MULTIPLE = 64
 _EXPERT_MULTIPLE = 128
@@ -66,7 +65,7 @@ class TpuInference(Layout):
 
     version: str
     tp: int
-    moe_backend: MoeBackend = "gmm_tp"
+    moe_backend: str = "gmm_tp"
     dtype: Any = jnp.dtype(jnp.bfloat16)
     allow_untested: bool = False
 
@@ -74,8 +73,8 @@ class TpuInference(Layout):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         if not isinstance(self.tp, int) or isinstance(self.tp, bool) or self.tp < 1:
             raise LayoutError(f"tp={self.tp!r} is not a positive integer")
-        if self.moe_backend not in get_args(MoeBackend):
-            raise LayoutError(f"moe_backend={self.moe_backend!r} is unknown; known: {', '.join(get_args(MoeBackend))}")
+        if self.moe_backend not in _MOE_BACKENDS:
+            raise LayoutError(f"moe_backend={self.moe_backend!r} is unknown; known: {', '.join(_MOE_BACKENDS)}")
         if self._release < _OLDEST or (self._release > _NEWEST and not self.allow_untested):
             raise LayoutError(_out_of_table(self.version, newer=self._release > _NEWEST))
 
