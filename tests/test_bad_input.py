@@ -81,7 +81,9 @@ def test_integer_and_quantised_leaves(dtype):
     path = f"{LAYER}/mlp/wi_0/kernel"
     params = filled(DENSE) | {path: filled(DENSE)[path].astype(dtype)}
     name = jnp.dtype(dtype).name
-    problems(converter(DENSE), params, rf"{path}: found dtype {name}; expected float32, bfloat16 or float16.*dequantise")
+    problems(
+        converter(DENSE), params, rf"{path}: found dtype {name}; expected float32, bfloat16 or float16.*dequantise"
+    )
 
 
 def test_a_rule_that_matches_nothing():
@@ -92,7 +94,9 @@ def test_a_rule_that_matches_nothing():
 
     layout = TpuInference(version="0.32", tp=2)
     problems(
-        WithSinks(tree(DENSE).config, layout=layout), filled(DENSE), r"self_attention/sinks: found nothing; expected a leaf"
+        WithSinks(tree(DENSE).config, layout=layout),
+        filled(DENSE),
+        r"self_attention/sinks: found nothing; expected a leaf",
     )
 
 
@@ -104,7 +108,9 @@ def test_a_leaf_that_is_read_and_dropped():
 
     layout = TpuInference(version="0.32", tp=2)
     path = f"{LAYER}/post_self_attention_layer_norm/scale"
-    problems(Forgetful(tree(DENSE).config, layout=layout), filled(DENSE), rf"{path}: found shape .*, which no hook uses")
+    problems(
+        Forgetful(tree(DENSE).config, layout=layout), filled(DENSE), rf"{path}: found shape .*, which no hook uses"
+    )
 
 
 def test_two_hooks_that_return_the_same_weight():
@@ -113,7 +119,11 @@ def test_two_hooks_that_return_the_same_weight():
             return super().norms(layer) + super().norms(layer)[:1]
 
     layout = TpuInference(version="0.32", tp=2)
-    problems(Stutter(tree(DENSE).config, layout=layout), filled(DENSE), r"input_layernorm.weight: found two blocks of this name")
+    problems(
+        Stutter(tree(DENSE).config, layout=layout),
+        filled(DENSE),
+        r"input_layernorm.weight: found two blocks of this name",
+    )
 
 
 @pytest.mark.parametrize(("kv_heads", "tp"), [(3, 2), (4, 6)])
@@ -153,7 +163,9 @@ def test_mlp_width_that_tp_does_not_divide():
 def test_experts_that_expert_parallelism_does_not_divide():
     config = sized(MOE, num_experts=6)
     convert = portax.converter_for(config, layout=TpuInference(version="0.32", tp=4, moe_backend="gmm_ep"))
-    with pytest.raises(portax.PlanError, match=r"w13_weight: found a dimension of 6; expected one that model=4 divides"):
+    with pytest.raises(
+        portax.PlanError, match=r"w13_weight: found a dimension of 6; expected one that model=4 divides"
+    ):
         convert.plan(convert.expected_tree())
 
 
@@ -185,12 +197,16 @@ def test_a_config_that_contradicts_the_tree(name, sizes, match):
 def test_a_moe_tree_with_a_dense_config():
     config = sized(DENSE)
     convert = portax.converter_for(config, layout=TpuInference(version="0.32", tp=2))
-    problems(convert, filled(MOE), r"(?s)moe_block/wi_0: found shape .*, which no hook uses.*mlp/wo/kernel|mlp/wo/kernel")
+    problems(
+        convert, filled(MOE), r"(?s)moe_block/wi_0: found shape .*, which no hook uses.*mlp/wo/kernel|mlp/wo/kernel"
+    )
 
 
 @pytest.mark.parametrize("params", [{}, {"base": {"decoder": {}}}, {"base": {"decoder": None}}])
 def test_an_empty_tree(params):
-    problems(converter(DENSE), params, "params: found an empty tree; expected a mapping that holds the model's parameters")
+    problems(
+        converter(DENSE), params, "params: found an empty tree; expected a mapping that holds the model's parameters"
+    )
 
 
 def test_something_that_is_no_tree():
@@ -231,7 +247,9 @@ def test_nan_and_infinity_pass_through_unchanged():
 
 @pytest.mark.parametrize("version", ["0.19", "0.19.5"])
 def test_an_engine_older_than_the_table(version):
-    with pytest.raises(portax.LayoutError, match=rf"{version} is not among the known layouts, 0.20 to 0.32; older engines"):
+    with pytest.raises(
+        portax.LayoutError, match=rf"{version} is not among the known layouts, 0.20 to 0.32; older engines"
+    ):
         TpuInference(version=version, tp=2)
 
 
@@ -269,7 +287,9 @@ def test_a_mesh_that_is_not_the_engines(axes):
 
 def test_unknown_families_are_listed():
     config = dict(tree(DENSE).config, decoder_block="mamba")
-    with pytest.raises(portax.ConfigError, match=r"decoder_block='mamba' has no converter; known: qwen3 \(Qwen3Converter\)"):
+    with pytest.raises(
+        portax.ConfigError, match=r"decoder_block='mamba' has no converter; known: qwen3 \(Qwen3Converter\)"
+    ):
         portax.converter_for(config, layout=TpuInference(version="0.32", tp=2))
     with pytest.raises(portax.ConfigError, match=r"decoder_block='mamba' is not for Qwen3Converter"):
         portax.Qwen3Converter(config, layout=TpuInference(version="0.32", tp=2))

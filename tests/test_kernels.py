@@ -85,9 +85,7 @@ def test_unscan_reads_one_layer_wherever_the_scan_axes_are(shape, data):
     first = data.draw(st.integers(0, len(shape) - depth))
     position = [data.draw(st.integers(0, shape[first + i] - 1)) for i in range(depth)]
     stack = numbered(*shape)
-    layer = kernels.unscan(
-        jnp.array(stack), jnp.array(position, jnp.int32), axes=tuple(range(first, first + depth))
-    )
+    layer = kernels.unscan(jnp.array(stack), jnp.array(position, jnp.int32), axes=tuple(range(first, first + depth)))
     np.testing.assert_array_equal(layer, stack[(slice(None),) * first + tuple(position)])
 
 

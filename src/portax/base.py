@@ -214,7 +214,13 @@ class BaseConverter(abc.ABC):
     def _sections(self, state: trainer_state.TrainerState) -> tuple[trainer_state.Section, ...]:
         return trainer_state.sections(state, self.config.param_scan_axis)
 
-    def _plan(self, state, sections, target: Mapping[str, Any] | None, strict_dtype: bool | None) -> Plan:
+    def _plan(
+        self,
+        state: trainer_state.TrainerState,
+        sections: tuple[trainer_state.Section, ...],
+        target: Mapping[str, Any] | None,
+        strict_dtype: bool | None,
+    ) -> Plan:
         strict = self.strict_dtype if strict_dtype is None else strict_dtype
         if target is not None:
             target = {".".join(path): trainer_state.unbox(leaf) for path, leaf in trainer_state.flatten(target)}

@@ -1,23 +1,25 @@
 """The `portax` command: plan, convert, verify, demo.
 
-Exit codes: 0 done and exact; 1 a leaf differs, or the plan has problems; 2 the command, a file, the configuration or the
-layout is not usable.
+Exit codes: 0 done and exact; 1 a leaf differs, or the plan has problems; 2 the command, a file, the configuration or
+the layout is not usable.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, logging
+from absl import app, flags, logging
 from absl.flags import argparse_flags
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from portax import demo, files, layouts, report
 from portax.config import ModelConfig
@@ -35,6 +37,8 @@ def run() -> None:
 
 
 def _main(args: argparse.Namespace) -> int:
+    if flags.FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.WARNING)
     try:
         return args.command(args)
     except PlanError as error:
@@ -49,7 +53,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse_flags.ArgumentParser(prog="portax", description=__doc__.splitlines()[0], epilog=_exit_codes())
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name: str, function, text: str) -> argparse.ArgumentParser:
+    def command(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, inherited_absl_flags=None)
         sub.set_defaults(command=function)
         sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -104,8 +108,8 @@ def _layout(args: argparse.Namespace) -> layouts.Layout:
 
 def _inputs(args: argparse.Namespace) -> tuple[dict[str, Any] | None, ModelConfig]:
     """The tree, if one is given, and the configuration."""
-    params, config = files.read_tree(args.tree) if args.tree else (None, None)
-    config = args.config or (config_path(args.model) if args.model else config)
+    params, carried = files.read_tree(args.tree) if args.tree else (None, None)
+    config = args.config or (config_path(args.model) if args.model else carried)
     if config is None:
         raise ConfigError("no configuration: pass --model or --config; this tree does not carry one")
     return params, ModelConfig.of(config)
@@ -149,36 +153,41 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         _print(json.dumps({"layout": repr(golden.layout), "exact": _exact(rows), "leaves": _rows_json(rows)}, indent=1))
     else:
-        Console().print(report.comparison_table(rows))
-        _print(f"{_tally(rows)}  ({golden.layout})")
+        _show(report.comparison_table({"leaves": rows}, title=str(golden.layout)))
+        _print(_tally(rows))
     return 0 if _exact(rows) else 1
 
 
 def _demo(args: argparse.Namespace) -> int:
     _simulate_devices(demo.DEVICES)
     start = time.perf_counter()
-    results = []
-    console = Console(stderr=True)
-    with console.status("planning, compiling and converting the first model ...") as status:
-        for result in demo.runs(args.model):
-            results.append(result)
-            status.update(f"{result.model} tp={result.tp} done")
-            if not args.json:
-                Console().print(report.comparison_table(result.rows), end="")
-                _print(f"{result.model} for {result.plan.layout}\n{_tally(result.rows)} in {result.seconds:.1f} s\n")
+    runs: list[demo.Run] = []
+    with Console(stderr=True).status("planning, compiling and converting the first model ...") as status:
+        for run in demo.runs(args.model):
+            runs.append(run)
+            status.update(f"{run.model}, tp={run.tp}: {_tally(run.rows)}")
     seconds = time.perf_counter() - start
-    exact = all(result.exact for result in results)
+    exact = all(run.exact for run in runs)
     if args.json:
-        rows = [
-            {"model": r.model, "tp": r.tp, "exact": r.exact, "seconds": round(r.seconds, 3), "leaves": _rows_json(r.rows)}
-            for r in results
-        ]
-        _print(json.dumps({"exact": exact, "seconds": round(seconds, 3), "runs": rows}, indent=1))
-    else:
-        leaves = sum(len(result.rows) for result in results)
-        verdict = "every one exact" if exact else "NOT all exact"
-        _print(f"{len(results)} conversions, {leaves} leaves against the real engine's digests: {verdict}; {seconds:.0f} s")
+        _print(json.dumps({"exact": exact, "seconds": round(seconds, 3), "runs": [_run_json(run) for run in runs]}))
+        return 0 if exact else 1
+    for model, of_model in itertools.groupby(runs, key=lambda run: run.model):
+        same = list(of_model)
+        _show(report.comparison_table({f"tp={run.tp}": run.rows for run in same}, title=f"{model}, {same[0].engine}"))
+    leaves = sum(len(run.rows) for run in runs)
+    verdict = "every one exact" if exact else "NOT all exact"
+    _print(f"{len(runs)} conversions, {leaves} leaves against the real engine's digests: {verdict}. {seconds:.0f} s")
     return 0 if exact else 1
+
+
+def _run_json(run: demo.Run) -> dict[str, Any]:
+    seconds = round(run.seconds, 3)
+    return {"model": run.model, "tp": run.tp, "exact": run.exact, "seconds": seconds, "leaves": _rows_json(run.rows)}
+
+
+def _show(table: Table) -> None:
+    console = Console()
+    Console(width=console.width if console.is_terminal else 160).print(table)
 
 
 def _simulate_devices(count: int) -> None:

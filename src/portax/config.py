@@ -49,7 +49,7 @@ class ModelConfig:
     rollout_tensor_parallelism: int | None = None
 
     def __post_init__(self):
-        if problems := _violations(self):
+        if problems := _violations(vars(self)):
             raise ConfigError(_message(problems))
 
     @classmethod
@@ -78,13 +78,9 @@ class ModelConfig:
 
     @classmethod
     def _build(cls, found: "_Found") -> "ModelConfig":
-        try:
-            config = cls(**_placeholders(found.missing), **found.values)
-        except ConfigError as error:
-            raise ConfigError(_message([*found.problems, *error.args[0].splitlines()[1:]])) from None
-        if found.problems:
-            raise ConfigError(_message(found.problems))
-        return config
+        if problems := [*found.problems, *_violations(found.values)]:
+            raise ConfigError(_message(problems))
+        return cls(**found.values)
 
     def size(self, axis: str) -> int:
         """The size of one axis of a weight: a field's name, a number, or a product of them (`2*head_dim`)."""
@@ -94,8 +90,7 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class _Found:
     values: dict[str, Any]
-    missing: tuple[str, ...]
-    problems: tuple[str, ...]
+    problems: list[str]
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
@@ -106,7 +101,8 @@ _MAY_BE_UNSET = ("num_experts", "moe_mlp_dim", "rollout_tensor_parallelism")
 
 
 def _from_maxtext(get: Callable[[str], Any]) -> _Found:
-    values, missing, problems = {}, [], []
+    values: dict[str, Any] = {}
+    problems: list[str] = []
     scaled = get("global_parameter_scale") not in (_ABSENT, None, 1)
     for name in _FIELDS:
         value, base = get(name), get(f"base_{name}") if name in _BASED else _ABSENT
@@ -117,11 +113,10 @@ def _from_maxtext(get: Callable[[str], Any]) -> _Found:
         value = base if value is _ABSENT else value
         if value is _ABSENT or (name in _MAY_BE_UNSET and value in _UNSET):
             if name in _REQUIRED:
-                missing.append(name)
                 problems.append(f"{name}: missing (MaxText's key is {'base_' * (name in _BASED)}{name})")
             continue
         values[name] = value.value if isinstance(value, enum.Enum) else value
-    return _Found(values, tuple(missing), tuple(problems))
+    return _Found(values, problems)
 
 
 _HUB_KEYS = {
@@ -142,40 +137,36 @@ def _from_hub(source: Mapping[str, Any]) -> _Found:
         known = ", ".join(sorted(_HUB_MODELS))
         raise ConfigError(_message([f"model_type: {source['model_type']!r} is not known; known: {known}"]))
     decoder_block, keys = _HUB_MODELS[source["model_type"]]
-    missing = tuple(name for name, key in keys.items() if key not in source)
-    problems = [f"{keys[name]}: missing from the hub config" for name in missing]
+    problems = [f"{key}: missing from the hub config" for key in keys.values() if key not in source]
     if source.get("mlp_only_layers") or source.get("decoder_sparse_step", 1) != 1:
         problems.append("mlp_only_layers, decoder_sparse_step: MaxText has no model that mixes dense and MoE layers so")
     values = {name: source[key] for name, key in keys.items() if key in source}
     values |= {"decoder_block": decoder_block, "logits_via_embedding": source.get("tie_word_embeddings", False)}
-    return _Found(values, missing, tuple(problems))
+    return _Found(values, problems)
 
 
-def _violations(config: ModelConfig) -> list[str]:
+def _violations(values: Mapping[str, Any]) -> list[str]:
     problems = []
-    for name, field in _FIELDS.items():
-        value = getattr(config, name)
-        if field.type in (int, int | None) and (name, value) != ("rollout_tensor_parallelism", None):
+    for name, value in values.items():
+        kind = _FIELDS[name].type
+        if kind in (bool, str):
+            if not isinstance(value, kind):
+                problems.append(f"{name}: {value!r} is not a {kind.__name__}")
+        elif (name, value) != ("rollout_tensor_parallelism", None):
             least = 0 if name in ("moe_mlp_dim", "param_scan_axis") else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 problems.append(f"{name}: {value!r} is not an integer of at least {least}")
-        elif field.type in (bool, str) and not isinstance(value, field.type):
-            problems.append(f"{name}: {value!r} is not a {field.type.__name__}")
     if problems:
         return problems
-    if config.num_experts > 1 and config.moe_mlp_dim < 1:
-        problems.append(f"moe_mlp_dim: missing, with num_experts={config.num_experts}")
-    if config.param_scan_axis not in (0, 1):
-        problems.append(f"param_scan_axis: {config.param_scan_axis} is neither 0 nor 1")
+    if values.get("num_experts", 1) > 1 and not values.get("moe_mlp_dim"):
+        problems.append(f"moe_mlp_dim: missing, with num_experts={values['num_experts']}")
+    if values.get("param_scan_axis", 1) not in (0, 1):
+        problems.append(f"param_scan_axis: {values['param_scan_axis']} is neither 0 nor 1")
     return problems
 
 
-def _placeholders(missing: tuple[str, ...]) -> dict[str, Any]:
-    return {name: _FIELDS[name].type(1) for name in missing}
-
-
-def _message(problems) -> str:
-    return "not a usable model configuration:\n" + "\n".join(f"  {p.strip()}" for p in problems)
+def _message(problems: list[str]) -> str:
+    return "not a usable model configuration:\n" + "\n".join(f"  {problem}" for problem in problems)
 
 
 def _attribute(source: Any, name: str) -> Any:

@@ -1,7 +1,7 @@
 """Every error portax raises on purpose derives from `PortaxError`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 
 class PortaxError(Exception):
@@ -47,7 +47,7 @@ class PlanError(PortaxError, ValueError):
         problems: Each problem found, in the order of the tree.
     """
 
-    def __init__(self, problems: Sequence[Problem]):
+    def __init__(self, problems: Iterable[Problem]):
         self.problems = tuple(problems)
         noun = "problem" if len(self.problems) == 1 else "problems"
         lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Shaped
 
 from portax.errors import PlanError, Problem
 from portax.plan import PROGRAMS_IN_FLIGHT, Entry, Plan
-from portax.tracing import Hooks, run_layer
+from portax.tracing import Hooks, hold, layer_leaves
 from portax.trainer_state import Kind, Layer, Section, TrainerState
 
 
@@ -104,8 +104,9 @@ class Executor:
         if key not in self._programs:
 
             def program(arrays, position):
-                _, made = run_layer(self._hooks, kind, arrays, position)
-                return tuple(tensor.array for tensor in made[tensors])
+                leaves = layer_leaves(self._hooks, kind, arrays, position)
+                held, _ = hold(self._hooks, leaves, is_global=kind.is_global)
+                return tuple(tensor.array for tensor in held[tensors])
 
             self._programs[key] = jax.jit(program, out_shardings=shardings)
         return self._programs[key]

@@ -140,7 +140,10 @@ def _compare_leaf(name: str, leaf: Any, expected: GoldenLeaf) -> Comparison:
     if leaf is None:
         return Comparison(name, 0, "missing")
     spec = leaf.sharding.spec if isinstance(getattr(leaf, "sharding", None), NamedSharding) else None
-    pairs = {"shape": (tuple(leaf.shape), expected.shape), "dtype": (np.dtype(leaf.dtype).name, expected.dtype)}
+    pairs: dict[str, tuple[Any, Any]] = {
+        "shape": (tuple(leaf.shape), expected.shape),
+        "dtype": (np.dtype(leaf.dtype).name, expected.dtype),
+    }
     if spec is not None and expected.spec is not None:
         pairs["spec"] = (spec, expected.spec)
     pairs["sha256"] = (digest(leaf), expected.digest)

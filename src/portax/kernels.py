@@ -21,7 +21,9 @@ def round_up(size: int, multiple: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("axes",), inline=True)
-def unscan(stack: Shaped[Array, "..."], position: Int[Array, " depth"], *, axes: tuple[int, ...]) -> Shaped[Array, "..."]:
+def unscan(
+    stack: Shaped[Array, "..."], position: Int[Array, " depth"], *, axes: tuple[int, ...]
+) -> Shaped[Array, "..."]:
     """One layer of a scanned stack; nothing but that layer is read or written.
 
     Args:

@@ -6,14 +6,13 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from portax.errors import PlanError, Problem
-from portax.layouts import Layout
-from portax.names import numbers
+from portax.layouts import Layout, Tensor
+from portax.names import family, fold, numbers
 from portax.tracing import Hooks, Trace, trace
 from portax.trainer_state import Section, TrainerState
 
@@ -158,7 +157,7 @@ def make_plan(
         owned, target_problems = _against_target(entries, target, hooks.layout)
         problems += target_problems
     if problems:
-        raise PlanError(problems)
+        raise PlanError(_folded(problems))
     bytes_in = sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in state.leaves.values())
     return Plan(
         layout=repr(hooks.layout),
@@ -175,11 +174,7 @@ def _entries(layout: Layout, wrapper: str, section: Section, traced: Trace, root
     for layer in section.layers:
         for tensor, sources in zip(traced.tensors, traced.sources, strict=True):
             dtype = np.dtype(tensor.array.dtype)
-            tied = None
-            if tensor.tied_to is not None:
-                tied = layout.path(
-                    dataclasses.replace(tensor, name=tensor.tied_to, in_decoder=True), layer=layer.index, wrapper=wrapper
-                )
+            tied = tensor.tied_to and layout.path(Tensor(tensor.tied_to, None), layer=layer.index, wrapper=wrapper)
             yield Entry(
                 name=layout.path(tensor, layer=layer.index, wrapper=wrapper),
                 shape=tuple(tensor.array.shape),
@@ -195,17 +190,23 @@ def _narrowing(source: Any, target: np.dtype) -> str | None:
     return None if jnp.promote_types(source, target) == target else f"{np.dtype(source)} -> {target}"
 
 
+def _folded(problems: Iterable[Problem]) -> Iterable[Problem]:
+    """One problem where layers differ in nothing but their number."""
+    groups: dict[Problem, list[str]] = {}
+    for problem in problems:
+        groups.setdefault(dataclasses.replace(problem, leaf=family(problem.leaf)), []).append(problem.leaf)
+    return [dataclasses.replace(problem, leaf=fold(names)[0]) for problem, names in groups.items()]
+
+
 def _section_problems(section: Section, traced: Trace, root: str) -> list[Problem]:
-    problems = [
-        dataclasses.replace(problem, leaf=root + section.names(problem.leaf)) for problem in traced.problems
-    ]
-    used = {path for sources in traced.sources for path in sources} | {problem.leaf for problem in traced.problems}
+    problems = [dataclasses.replace(problem, leaf=root + section.names(problem.leaf)) for problem in traced.problems]
+    used = traced.used | {problem.leaf for problem in traced.problems}
     problems += [
         Problem(
             root + section.names(path),
             f"shape {list(section.layers[0].leaves[path].shape)}, which no hook uses",
             "only leaves that this model has",
-            "the config describes another model (tied or untied, dense or MoE), or the tree holds adapters or optimizer state",
+            "the config describes another model (tied or untied, dense or MoE), or the tree holds adapters",
         )
         for path in section.kind.paths
         if path not in used
@@ -217,11 +218,14 @@ def _depth_problems(sections: Iterable[Section], expected: int, root: str) -> li
     found = sorted(layer.index for section in sections for layer in section.layers if layer.index is not None)
     if found == list(range(expected)):
         return []
-    doubled = sorted({index for index in found if found.count(index) > 1})
+    if doubled := sorted({index for index in found if found.count(index) > 1}):
+        what = f"layers {numbers(doubled)} twice"
+    else:
+        what = f"{len(found)} layers, {numbers(found)}" if found else "no layers"
     return [
         Problem(
             f"{root}decoder",
-            f"layers {numbers(doubled)} twice" if doubled else f"{len(found)} layers" + (found and f", {numbers(found)}" or ""),
+            what,
             f"{expected} layers (num_decoder_layers)",
             "the config is of another depth, param_scan_axis is not the trainer's, or layers were lost on the way",
         )

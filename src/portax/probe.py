@@ -1,4 +1,4 @@
-"""The values that golden trees are filled with: every element depends on its path and place, so every permutation shows."""
+"""The values of golden trees: every element depends on its path and place, so every permutation shows."""
 
 import zlib
 from collections.abc import Sequence

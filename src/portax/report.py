@@ -1,7 +1,7 @@
 """Tables for people: plans and comparisons with goldens, with layer numbers folded."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -14,11 +14,10 @@ from portax.plan import Entry, Plan
 
 def size(nbytes: int) -> str:
     """A number of bytes for people: `1.21 GB` (powers of ten)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
+    amount, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
+    while amount >= 1000 and len(units) > 1:
+        amount, units = amount / 1000, units[1:]
+    return f"{amount:.3g} {units[0]}"
 
 
 def plan_table(plan: Plan) -> str:
@@ -50,19 +49,30 @@ def plan_table(plan: Plan) -> str:
     return render(table) + "\n".join(lines)
 
 
-def comparison_table(rows: Sequence[Comparison]) -> Table:
-    """Comparisons by family of leaves: count, bytes, exact or not."""
-    table = _table("leaf family", ("count", "right"), ("bytes", "right"), "exact")
-    groups: dict[str, list[Comparison]] = {}
-    for row in rows:
-        groups.setdefault(family(row.name), []).append(row)
-    for group in groups.values():
-        wrong = [row for row in group if row.difference]
-        verdict = "[green]exact[/]" if not wrong else f"[red]{len(wrong)} differ[/]: {wrong[0].name}: {wrong[0].difference}"
-        table.add_row(
-            _one(fold(row.name for row in group)), str(len(group)), size(sum(row.nbytes for row in group)), verdict
-        )
+def comparison_table(runs: Mapping[str, Sequence[Comparison]], *, title: str) -> Table:
+    """Leaves held against goldens: a row per family, a column per run with its bytes and whether it is exact.
+
+    Args:
+        runs: Comparisons of one model, by the name of the run.
+        title: What to write above.
+    """
+    table = _table("leaf family", ("count", "right"), *((run, "right") for run in runs), title=title)
+    families: dict[str, dict[str, list[Comparison]]] = {}
+    for run, rows in runs.items():
+        for row in rows:
+            families.setdefault(family(row.name), {}).setdefault(run, []).append(row)
+    for of_family in families.values():
+        some = next(iter(of_family.values()))
+        cells = [_verdict(of_family.get(run, [])) for run in runs]
+        table.add_row(_one(fold(row.name for row in some)), str(len(some)), *cells)
     return table
+
+
+def _verdict(rows: Sequence[Comparison]) -> str:
+    wrong = [row for row in rows if row.difference]
+    if wrong:
+        return f"[red]{len(wrong)} differ[/]\n{wrong[0].name}: {wrong[0].difference}"
+    return f"{size(sum(row.nbytes for row in rows))} [green]exact[/]" if rows else "-"
 
 
 def render(renderable: RenderableType) -> str:
@@ -72,8 +82,8 @@ def render(renderable: RenderableType) -> str:
     return out.getvalue()
 
 
-def _table(*columns: str | tuple[str, str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def _table(*columns: str | tuple[str, str], title: str | None = None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for column in columns:
         header, justify = column if isinstance(column, tuple) else (column, "left")
         table.add_column(header, justify="right" if justify == "right" else "left", overflow="fold")

@@ -37,24 +37,29 @@ class Trace:
     Attributes:
         tensors: The engine's tensors of one layer; their arrays are `jax.ShapeDtypeStruct`s.
         sources: For each tensor, the trainer leaves that its values come from, relative to the layer.
+        used: All leaves that any block holds, those of refused blocks included.
         problems: What is wrong; leaves are named relative to the layer.
     """
 
     tensors: tuple[Tensor, ...]
     sources: tuple[tuple[str, ...], ...]
+    used: frozenset[str]
     problems: tuple[Problem, ...]
 
 
-def hold(hooks: Hooks, leaves: Leaves, *, is_global: bool) -> tuple[Tensor, ...]:
+def hold(hooks: Hooks, leaves: Leaves, *, is_global: bool) -> tuple[tuple[Tensor, ...], tuple[Block, ...]]:
     """Asks the hooks what the leaves are, and the layout how the engine holds that.
 
-    Blocks that the layout refuses are recorded in `leaves.problems`.
+    Returns:
+        The engine's tensors, and the blocks that the layout refuses; why is recorded in `leaves.problems`.
     """
     tensors: list[Tensor] = []
+    refused: list[Block] = []
     for block in hooks.global_weights(leaves) if is_global else hooks.layer_blocks(leaves):
         try:
             tensors += hooks.layout.hold(block)
         except LayoutError as error:
+            refused.append(block)
             leaves.problems.append(
                 Problem(
                     getattr(block, "name", type(block).__name__),
@@ -63,15 +68,12 @@ def hold(hooks: Hooks, leaves: Leaves, *, is_global: bool) -> tuple[Tensor, ...]
                     "this tensor-parallel size does not fit this model",
                 )
             )
-    return tuple(tensors)
+    return tuple(tensors), tuple(refused)
 
 
-def run_layer(
-    hooks: Hooks, kind: Kind, arrays: tuple[Any, ...], position: Int[Array, " depth"] | None
-) -> tuple[Leaves, tuple[Tensor, ...]]:
-    """The tensors of one layer, given its arrays and its place in their stack."""
-    leaves = Leaves(dict(zip(kind.paths, arrays, strict=True)), hooks.config, scan=kind.scan, position=position)
-    return leaves, hold(hooks, leaves, is_global=kind.is_global)
+def layer_leaves(hooks: Hooks, kind: Kind, arrays: tuple[Any, ...], position: Int[Array, " depth"] | None) -> Leaves:
+    """One layer as its hooks see it, given its arrays and its place in their stack."""
+    return Leaves(dict(zip(kind.paths, arrays, strict=True)), hooks.config, scan=kind.scan, position=position)
 
 
 def trace(hooks: Hooks, section: Section) -> Trace:
@@ -80,28 +82,28 @@ def trace(hooks: Hooks, section: Section) -> Trace:
     problems: list[Problem] = []
 
     def one_layer(arrays, position):
-        leaves, tensors = run_layer(hooks, kind, arrays, position)
+        leaves = layer_leaves(hooks, kind, arrays, position)
+        held = hold(hooks, leaves, is_global=kind.is_global)
         problems.extend(leaves.problems)
-        return tensors
+        return held
 
     shapes = tuple(
         jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
         for leaf in section.arrays(section.layers[0])
     )
     position = jax.ShapeDtypeStruct((len(kind.scan),), jnp.int32) if kind.scan else None
-    jaxpr, tensors = jax.make_jaxpr(one_layer, return_shape=True)(shapes, position)
+    jaxpr, (tensors, _) = jax.make_jaxpr(one_layer, return_shape=True)(shapes, position)
     names = (*kind.paths, *(() if position is None else (None,)))
-    sources = tuple(
-        tuple(names[i] for i in sorted(feeds) if names[i] is not None) for feeds in _provenance(jaxpr.jaxpr)
-    )
-    return Trace(tensors, sources, tuple(problems))
+    sources = [tuple(names[i] for i in sorted(feeds) if names[i] is not None) for feeds in _provenance(jaxpr.jaxpr)]
+    used = frozenset().union(*sources)
+    return Trace(tensors, tuple(sources[: len(tensors)]), used, tuple(problems))
 
 
 def _provenance(jaxpr: Jaxpr) -> list[frozenset[int]]:
     """For each output, the inputs that its value depends on."""
     feeds = {variable: frozenset({i}) for i, variable in enumerate(jaxpr.invars)}
 
-    def of(atom) -> frozenset[int]:
+    def of(atom: Any) -> frozenset[int]:
         return frozenset() if isinstance(atom, Literal) else feeds.get(atom, frozenset())
 
     for equation in jaxpr.eqns:

@@ -208,7 +208,7 @@ def _layers(state: TrainerState, scan_axis: int) -> list[Layer]:
     layers = [Layer(index, container, leaves) for (index, container), leaves in unscanned.items()]
     for container, leaves in stacks.items():
         layers += _unstack(container, leaves, scan_axis)
-    return [Layer(None, "", global_leaves), *sorted(layers, key=lambda layer: layer.index)]
+    return [Layer(None, "", global_leaves), *sorted(layers, key=lambda layer: layer.index or 0)]
 
 
 def _unstack(container: str, leaves: dict[str, Any], scan_axis: int) -> list[Layer]:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -36,6 +36,9 @@ _RENAMED = (  # version, start of the name since, and before
     ((0, 30), "router.per_expert_scale", "moe.per_expert_scale"),
 )
 _EXPERTS_ROUTED = (0, 23)  # experts.routed_experts.w13_weight; before: experts.w13_weight
+
+_Cut: TypeAlias = tuple[str | None, ...]
+_Experts: TypeAlias = tuple[Shaped[Array, "..."], Shaped[Array, "..."], _Cut, _Cut]  # w13, w2 and how each is cut
 
 _ENGINE_OWNED = re.compile(
     r"\.attn\._[kqv]_scale$|\.attn\._prob_scale$|\.rotary_emb\.cos_sin_cache$|\.cos_sin_cache$|\.normalizer$"
@@ -156,16 +159,16 @@ class TpuInference(Layout):
             Tensor(f"{name}.w2_weight", w2, self._spec(*cut2)),
         )
 
-    def _gmm_tp(self, block: blocks.FusedMoE):
+    def _gmm_tp(self, block: blocks.FusedMoE) -> _Experts:
         self._must_divide(f"{block.name}: MoE width", block.gate.shape[2])
         w13 = kernels.fuse_w13(block.gate, block.up, shards=self.tp, multiple=_EXPERT_MULTIPLE)
         return w13, block.down, (None, None, _AXIS), (None, _AXIS, None)
 
-    def _gmm_ep(self, block: blocks.FusedMoE):
+    def _gmm_ep(self, block: blocks.FusedMoE) -> _Experts:
         w13 = kernels.fuse_w13(block.gate, block.up, shards=1, multiple=_EXPERT_MULTIPLE)
         return w13, block.down, (_AXIS,), (_AXIS,)
 
-    def _fused_moe(self, block: blocks.FusedMoE):
+    def _fused_moe(self, block: blocks.FusedMoE) -> _Experts:
         padded = [
             kernels.pad_axis(kernels.pad_axis(x, axis=1, multiple=_FUSED_MULTIPLE), axis=2, multiple=_FUSED_MULTIPLE)
             for x in (block.gate, block.up, block.down)
@@ -193,7 +196,7 @@ class TpuInference(Layout):
     def _rows(self, table: Shaped[Array, "vocab embed"]) -> Shaped[Array, "padded_vocab embed"]:
         return kernels.pad_axis(table, axis=0, multiple=_VOCAB_MULTIPLE)
 
-    def _matrix(self, name: str, kernel: Shaped[Array, "in out"], cut: tuple[str | None, ...]) -> Tensor:
+    def _matrix(self, name: str, kernel: Shaped[Array, "in out"], cut: _Cut) -> Tensor:
         if self._release < _LINEARS_IN_OUT:
             kernel, cut = kernel.T, cut[::-1]
         return Tensor(f"{name}.weight", kernel, self._spec(*cut))

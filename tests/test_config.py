@@ -1,0 +1,145 @@
+"""`ModelConfig` from everything that describes a model, and what it says of things that do not."""
+
+import enum
+import json
+import types
+
+import pytest
+import yaml
+from conftest import GOLDEN, tree
+
+import portax
+from portax import ModelConfig
+from portax.resources import config_path
+
+MODELS = ["0.6b", "1.7b", "4b", "8b", "14b", "32b", "30b-a3b", "235b-a22b", "480b-a35b"]
+CONFIG = tree("qwen3-30b-a3b.scan").config
+
+
+class MaxTextLike:
+    """Attributes as MaxText's own object has them: an enum among them, ValueError for unknown names."""
+
+    def __init__(self, keys):
+        self._keys = dict(keys)
+
+    def __getattr__(self, name):
+        if name not in self._keys:
+            raise ValueError(f"Requested key {name}, not in config")
+        value = self._keys[name]
+        return enum.Enum("DecoderBlockType", {"X": value}).X if name == "decoder_block" else value
+
+
+@pytest.mark.parametrize("size", MODELS)
+def test_every_shipped_configuration_is_complete_and_plans(size):
+    config = ModelConfig.of(config_path(f"qwen3-{size}"))
+    assert (config.num_experts > 1) == (config.decoder_block == "qwen3_moe") == ("-a" in size)
+    assert config.logits_via_embedding == (size in ("0.6b", "1.7b", "4b"))
+    converter = portax.converter_for(config, layout=portax.layouts.Canonical(dtype="bfloat16"))
+    billions = converter.plan(converter.expected_tree()).bytes_out / 2e9
+    stated = float(size.split("-")[0].removesuffix("b"))
+    assert billions == pytest.approx(stated, rel=0.15)
+
+
+def test_all_sources_of_one_model_agree():
+    hub = json.loads((GOLDEN / "qwen3-30b-a3b.scan/config.json").read_text())
+    based = {key: value for key, value in CONFIG.items() if f"base_{key}" not in CONFIG}
+    forms = [CONFIG, based, types.SimpleNamespace(**CONFIG), MaxTextLike(CONFIG), hub, ModelConfig.of(CONFIG)]
+    assert {ModelConfig.of(form) for form in forms} == {ModelConfig.of(CONFIG)}
+
+
+def test_files_are_told_apart_by_their_ending(tmp_path):
+    (tmp_path / "model.yml").write_text(yaml.safe_dump(dict(CONFIG)))
+    hub = GOLDEN / "qwen3-30b-a3b.scan/config.json"
+    assert ModelConfig.of(tmp_path / "model.yml") == ModelConfig.of(str(hub)) == ModelConfig.of(CONFIG)
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b", "qwen3-30b-a3b"])
+def test_hub_and_trainer_configs_agree(name):
+    assert ModelConfig.of(GOLDEN / f"{name}.scan/config.json") == ModelConfig.of(tree(f"{name}.scan").config)
+
+
+def test_the_models_name_is_not_read():
+    assert ModelConfig.of(dict(CONFIG, model_name="my-model")) == ModelConfig.of(CONFIG)
+
+
+def test_everything_missing_is_named_at_once():
+    with pytest.raises(portax.ConfigError) as raised:
+        ModelConfig.of({"decoder_block": "qwen3", "head_dim": 128, "base_emb_dim": "wide"})
+    for line in (
+        "num_decoder_layers: missing (MaxText's key is base_num_decoder_layers)",
+        "num_query_heads: missing",
+        "num_kv_heads: missing",
+        "mlp_dim: missing",
+        "vocab_size: missing (MaxText's key is vocab_size)",
+        "emb_dim: 'wide' is not an integer of at least 1",
+    ):
+        assert line in str(raised.value)
+
+
+def test_missing_hub_keys_are_named_as_the_hub_names_them():
+    with pytest.raises(portax.ConfigError, match=r"(?s)hidden_size: missing from the hub config.*vocab_size: missing"):
+        ModelConfig.of({"model_type": "qwen3", "num_hidden_layers": 4})
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"base_emb_dim": 64}, "emb_dim: 128 contradicts base_emb_dim: 64"),
+        ({"num_experts": 0}, "num_experts: 0 is not an integer of at least 1"),
+        ({"head_dim": 16.0}, "head_dim: 16.0 is not an integer"),
+        ({"head_dim": True}, "head_dim: True is not an integer"),
+        ({"logits_via_embedding": "yes"}, "logits_via_embedding: 'yes' is not a bool"),
+        ({"param_scan_axis": 2}, "param_scan_axis: 2 is neither 0 nor 1"),
+        ({"moe_mlp_dim": -1, "base_moe_mlp_dim": -1}, "moe_mlp_dim: missing, with num_experts=8"),
+        ({"decoder_block": 7}, "decoder_block: 7 is not a str"),
+    ],
+)
+def test_wrong_values(changes, match):
+    with pytest.raises(portax.ConfigError, match=match):
+        ModelConfig.of(dict(CONFIG, **changes))
+
+
+def test_a_scaled_model_needs_its_real_sizes():
+    scaled = {key: value for key, value in CONFIG.items() if f"base_{key}" not in CONFIG}
+    with pytest.raises(
+        portax.ConfigError, match="emb_dim: global_parameter_scale is set, so base_emb_dim is not the size"
+    ):
+        ModelConfig.of(dict(scaled, global_parameter_scale=2))
+    assert ModelConfig.of(dict(CONFIG, global_parameter_scale=2, base_emb_dim=64)).emb_dim == 128
+
+
+def test_hub_models_that_mix_dense_and_moe_layers():
+    hub = json.loads((GOLDEN / "qwen3-30b-a3b.scan/config.json").read_text())
+    with pytest.raises(portax.ConfigError, match="MaxText has no model that mixes dense and MoE layers"):
+        ModelConfig.of(dict(hub, mlp_only_layers=[0]))
+
+
+def test_hub_models_of_unknown_families():
+    with pytest.raises(portax.ConfigError, match="model_type: 'bert' is not known; known: qwen3, qwen3_moe"):
+        ModelConfig.of({"model_type": "bert"})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("a.yml", "- 1\n- 2\n", "holds a list, not a mapping"),
+        ("a.yml", "a: [1", "a.yml: "),
+        ("a.json", "{", "a.json: "),
+        ("a.json", "\x80", "is not a text file"),
+        ("a.toml", "a = 1", "a model configuration is a .yml, .yaml or .json file"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, name, text, match):
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(portax.ConfigError, match=match):
+        ModelConfig.of(tmp_path / name)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(portax.ConfigError, match=r"gone\.yml: cannot be read \(No such file"):
+        ModelConfig.of(tmp_path / "gone.yml")
+
+
+def test_a_model_that_is_not_shipped():
+    with pytest.raises(portax.ConfigError, match=r"no configuration is shipped for 'gpt-2'; there are qwen3-0.6b"):
+        config_path("gpt-2")
