@@ -33,10 +33,11 @@ _LAYOUTS = {"tpu-inference": layouts.TpuInference, "canonical": layouts.Canonica
 
 def run() -> None:
     """Entry point of the `portax` command."""
-    app.run(_main, flags_parser=_parse)
+    app.run(main, flags_parser=parse)
 
 
-def _main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> int:
+    """Carries out a parsed command and returns its exit code."""
     if flags.FLAGS["verbosity"].using_default_value:
         logging.set_verbosity(logging.WARNING)
     try:
@@ -49,7 +50,8 @@ def _main(args: argparse.Namespace) -> int:
         return 2
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses a command line, program name first."""
     parser = argparse_flags.ArgumentParser(prog="portax", description=__doc__.splitlines()[0], epilog=_exit_codes())
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -145,7 +147,7 @@ def _convert(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     golden = Golden.load(args.golden)
     tp = golden.layout.mesh_axes.get("model", 1)
-    _simulate_devices(tp)
+    _simulate_devices(max(demo.DEVICES, tp))
     params, config = _inputs(args)
     mesh = Mesh(np.array(jax.devices()[:tp]), ("model",)) if golden.layout.mesh_axes else None
     weights = converter_for(config, layout=golden.layout, mesh=mesh).convert(params)

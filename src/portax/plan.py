@@ -117,6 +117,11 @@ class Plan:
         return json.dumps({"layout": self.layout, **totals, **lists, "entries": entries}, indent=1)
 
 
+def spec_text(spec: PartitionSpec) -> str:
+    """A partitioning as people write it: `P(None, 'model')`."""
+    return f"P({', '.join(repr(axis) for axis in spec)})"
+
+
 def make_plan(
     hooks: Hooks,
     wrapper: str,
@@ -259,7 +264,7 @@ def _entry_problems(entries: list[Entry], layout: Layout, strict_dtype: bool) ->
 def _against_target(
     entries: list[Entry], target: Mapping[str, Any], layout: Layout
 ) -> tuple[tuple[str, ...], list[Problem]]:
-    problems = []
+    problems = _mesh_problems(target, layout)
     planned = {entry.name: entry for entry in entries}
     owned = tuple(name for name in target if name not in planned and layout.owns(name))
     for name in target:
@@ -275,6 +280,23 @@ def _against_target(
     return owned, problems
 
 
+def _mesh_problems(target: Mapping[str, Any], layout: Layout) -> list[Problem]:
+    """An engine of another size may have leaves of the same shapes, in another order."""
+    shardings = [getattr(leaf, "sharding", None) for leaf in target.values()]
+    meshes = {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}
+    return [
+        Problem(
+            "the engine's mesh",
+            f"{axis}={mesh.shape.get(axis, 1)} in {dict(mesh.shape)}",
+            f"{axis}={size} from the layout",
+            "the layout was made for another tensor-parallel size",
+        )
+        for mesh in meshes
+        for axis, size in layout.mesh_axes.items()
+        if mesh.shape.get(axis, 1) != size
+    ]
+
+
 def _leaf_text(entry: Entry) -> str:
     return f"{entry.dtype}{list(entry.shape)}"
 
@@ -288,8 +310,8 @@ def _leaf_problems(entry: Entry, leaf: Any) -> Iterable[Problem]:
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and not _same_partitioning(sharding, entry):
         cause = "the layout's tp or moe_backend is not the engine's"
-        found = f"{sharding.spec} on {dict(sharding.mesh.shape)} in the engine"
-        yield Problem(entry.name, found, f"{entry.spec} from the layout", cause)
+        found = f"{spec_text(sharding.spec)} on {dict(sharding.mesh.shape)} in the engine"
+        yield Problem(entry.name, found, f"{spec_text(entry.spec)} from the layout", cause)
 
 
 def _same_partitioning(sharding: NamedSharding, entry: Entry) -> bool:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from portax.golden import Comparison
 from portax.names import family, fold
-from portax.plan import Entry, Plan
+from portax.plan import Entry, Plan, spec_text
 
 
 def size(nbytes: int) -> str:
@@ -30,7 +30,7 @@ def plan_table(plan: Plan) -> str:
             str(len(entries)),
             str(list(first.shape)),
             first.dtype.name,
-            _spec(first),
+            spec_text(first.spec),
             "\n".join(fold(source for entry in entries for source in entry.sources)),
             size(sum(entry.nbytes for entry in entries)),
         )
@@ -95,10 +95,6 @@ def _families(entries: Iterable[Entry]) -> dict[tuple, list[Entry]]:
     for entry in entries:
         groups.setdefault((family(entry.name), entry.shape, entry.dtype, str(entry.spec)), []).append(entry)
     return groups
-
-
-def _spec(entry: Entry) -> str:
-    return f"P({', '.join(repr(axis) for axis in entry.spec)})"
 
 
 def _one(folded: list[str]) -> str:

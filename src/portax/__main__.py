@@ -1,0 +1,5 @@
+"""`python -m portax`."""
+
+from portax.cli import run
+
+run()

@@ -1,0 +1,167 @@
+"""How a conversion runs: compile counts, placement, transfers, memory, buckets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN, engine_mesh, filled, mesh, sharded, tree
+from jax.sharding import NamedSharding, PartitionSpec
+
+import portax
+from portax import probe
+from portax.golden import Golden, compare
+from portax.layouts import HuggingFace, TpuInference
+
+MOE, DENSE = "qwen3-30b-a3b.scan", "qwen3-8b.scan"
+TP4 = TpuInference(version="0.32", tp=4)
+
+
+def golden(name, tp=4):
+    return Golden.load(GOLDEN / name / f"tpu-inference-0.32.0.tp{tp}.json")
+
+
+def exact(weights, name, tp=4):
+    return not any(row.difference for row in compare(weights, golden(name, tp)))
+
+
+def of_depth(layers, name=MOE, *, scanned=True):
+    """A converter and parameters of any depth."""
+    config = dict(tree(name).config, num_decoder_layers=layers, base_num_decoder_layers=layers)
+    converter = portax.converter_for(config, layout=TP4)
+    shapes = converter.expected_tree(scanned=scanned)
+    return converter, {path: jnp.asarray(probe.probe(path, leaf.shape)) for path, leaf in shapes.items()}
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+@pytest.mark.parametrize("name", [MOE, DENSE])
+def test_programs_do_not_grow_with_depth_and_the_second_convert_compiles_none(name, scanned, compilations):
+    counts = []
+    for layers in (4, 64):
+        converter, params = of_depth(layers, name, scanned=scanned)
+        with compilations.measured() as first:
+            converter.convert(params)
+        fresh = jax.tree.map(lambda leaf: leaf + 1, params)
+        with compilations.measured() as second:
+            weights = converter.convert(fresh)
+        assert second == [0]
+        assert len(weights) > layers
+        counts += first
+    assert counts == [2, 2]
+
+
+def test_every_bucket_size_gives_the_same_bytes_and_compiles_once(compilations):
+    params = {path: jnp.asarray(leaf) for path, leaf in filled(MOE).items()}
+    converter = portax.converter_for(tree(MOE).config, layout=TP4)
+    for bucket_bytes in (1, 100_000, 3_000_000, 10**9):
+        buckets = list(converter.stream(params, bucket_bytes=bucket_bytes))
+        sizes = [sum(leaf.nbytes for leaf in bucket.values()) for bucket in buckets]
+        assert all(size <= bucket_bytes or len(bucket) == 1 for size, bucket in zip(sizes, buckets, strict=True))
+        assert sum(len(bucket) for bucket in buckets) == len(golden(MOE).leaves)
+        assert exact({name: leaf for bucket in buckets for name, leaf in bucket.items()}, MOE)
+        with compilations.measured() as again:
+            list(converter.stream(params, bucket_bytes=bucket_bytes))
+        assert again == [0]
+
+
+def test_a_stream_converts_nothing_before_it_is_asked():
+    params = {path: jnp.asarray(leaf) for path, leaf in filled(MOE).items()}
+    buckets = portax.converter_for(tree(MOE).config, layout=TP4).stream(params, bucket_bytes=1)
+    before = len(jax.live_arrays())
+    next(buckets)
+    assert len(jax.live_arrays()) - before < 10
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("name", [MOE, DENSE])
+def test_sharded_sources_stay_on_the_devices(name, axes):
+    params = sharded(filled(name), mesh(**axes))
+    converter = portax.converter_for(tree(name).config, layout=TP4, mesh=engine_mesh(4))
+    with jax.transfer_guard("disallow"):
+        weights = jax.block_until_ready(converter.convert(params))
+        again = jax.block_until_ready(converter.convert(params))
+    for made in (weights, again):
+        assert exact(made, name)
+        for leaf_name, leaf in made.items():
+            assert leaf.sharding == NamedSharding(engine_mesh(4), golden(name).leaves[leaf_name].spec)
+
+
+def test_host_arrays_are_moved_layer_by_layer():
+    """No stack of a host tree ever becomes a device array."""
+    converter = portax.converter_for(tree(MOE).config, layout=TP4)
+    stacked = {leaf.shape for path, leaf in filled(MOE).items() if "/layers/" in path}
+    before = {id(leaf) for leaf in jax.live_arrays()}
+    for bucket in converter.stream(filled(MOE), bucket_bytes=2**20):
+        assert bucket
+        assert not stacked & {leaf.shape for leaf in jax.live_arrays() if id(leaf) not in before}
+
+
+def test_results_go_to_the_engines_devices_wherever_the_source_is():
+    on_one = {path: jax.device_put(leaf, jax.devices()[5]) for path, leaf in filled(DENSE).items()}
+    on_half = sharded(filled(DENSE), mesh(fsdp=4))
+    engine = jax.sharding.Mesh(np.array(jax.devices()[4:]).reshape(1, 4), ("data", "model"))
+    for params in (filled(DENSE), on_one, on_half):
+        weights = portax.converter_for(tree(DENSE).config, layout=TP4, mesh=engine).convert(params)
+        assert exact(weights, DENSE)
+        assert {leaf.sharding.mesh for leaf in weights.values()} == {engine}
+
+
+def test_without_a_mesh_results_stay_where_they_were_computed():
+    params = {path: jax.device_put(leaf, jax.devices()[3]) for path, leaf in filled(DENSE).items()}
+    weights = portax.converter_for(tree(DENSE).config, layout=TP4).convert(params)
+    assert {device.id for leaf in weights.values() for device in leaf.devices()} == {3}
+
+
+def test_results_share_no_buffer_with_the_source_or_each_other():
+    """An engine donates its buffers: what it holds must be its own, ties and unchanged norms included."""
+    name = "qwen3-0.6b.unscan"
+    config = dict(tree(name).config, vocab_size=192)
+    params = {p: jnp.asarray(x[:192] if "embedding" in p else x, jnp.bfloat16) for p, x in filled(name).items()}
+    for layout in (TpuInference(version="0.32", tp=1), HuggingFace()):
+        weights = portax.converter_for(config, layout=layout).convert(params)
+        buffers = [leaf.unsafe_buffer_pointer() for leaf in (*weights.values(), *params.values())]
+        assert len(buffers) == len(set(buffers))
+
+
+def test_bfloat16_sources_keep_every_bit_pattern():
+    params = {path: jnp.asarray(leaf, jnp.bfloat16) for path, leaf in filled(MOE).items()}
+    every = jnp.arange(2**16, dtype=jnp.uint16).view(jnp.bfloat16)
+    at = "base/decoder/layers/moe_block/wo"
+    params[at] = jnp.resize(every, params[at].shape)
+    weights = portax.converter_for(tree(MOE).config, layout=TP4).convert(params)
+    for layer in range(4):
+        got = weights[f"vllm_model.model.layers.{layer}.mlp.experts.routed_experts.w2_weight"]
+        np.testing.assert_array_equal(np.asarray(got).view(np.uint16), np.asarray(params[at][:, layer]).view(np.uint16))
+
+
+def test_converters_of_other_tensor_parallel_sizes_live_side_by_side():
+    params = {path: jnp.asarray(leaf) for path, leaf in filled(MOE).items()}
+    converters = {
+        tp: portax.converter_for(tree(MOE).config, layout=TpuInference(version="0.32", tp=tp)) for tp in (2, 8)
+    }
+    for _ in range(2):
+        assert all(exact(converter.convert(params), MOE, tp) for tp, converter in converters.items())
+
+
+def test_a_converter_keeps_no_parameters_alive():
+    params = {path: jnp.asarray(leaf) for path, leaf in filled(DENSE).items()}
+    converter = portax.converter_for(tree(DENSE).config, layout=TP4)
+    converter.convert(params)
+    shapes = {leaf.shape for leaf in params.values() if leaf.ndim > 2}
+    known = {id(leaf) for leaf in params.values()}
+    del params
+    assert not [x for x in jax.live_arrays() if x.shape in shapes and id(x) in known]
+
+
+def test_the_call_that_maxtexts_rollouts_make(monkeypatch):
+    """`Qwen3Converter(config, mesh).convert(state)`: tp from the config, the version from the installed package."""
+    monkeypatch.setattr("importlib.metadata.version", lambda package: {"tpu-inference": "0.32.0"}[package])
+    config = dict(tree(DENSE).config, rollout_tensor_parallelism=4)
+    weights = portax.Qwen3Converter(config, engine_mesh(4)).convert(filled(DENSE))
+    assert exact(weights, DENSE)
+
+
+def test_a_spec_of_fewer_shards_than_devices_is_replicated_over_the_rest():
+    weights = portax.converter_for(tree(DENSE).config, layout=TP4, mesh=engine_mesh(4)).convert(filled(DENSE))
+    leaf = weights["vllm_model.model.layers.0.self_attn.qkv_proj.weight"]
+    assert leaf.sharding.spec == PartitionSpec(None, "model")
+    assert {shard.data.shape for shard in leaf.addressable_shards} == {(128, 64)}
