@@ -1,5 +1,7 @@
 """How a conversion runs: compile counts, placement, transfers, memory, buckets."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import portax
 from portax import probe
 from portax.golden import Golden, compare
-from portax.layouts import HuggingFace, TpuInference
+from portax.layouts import Canonical, HuggingFace, TpuInference
 
 MOE, DENSE = "qwen3-30b-a3b.scan", "qwen3-8b.scan"
 TP4 = TpuInference(version="0.32", tp=4)
@@ -122,15 +124,30 @@ def test_results_share_no_buffer_with_the_source_or_each_other():
         assert len(buffers) == len(set(buffers))
 
 
-def test_bfloat16_sources_keep_every_bit_pattern():
-    params = {path: jnp.asarray(leaf, jnp.bfloat16) for path, leaf in filled(MOE).items()}
-    every = jnp.arange(2**16, dtype=jnp.uint16).view(jnp.bfloat16)
-    at = "base/decoder/layers/moe_block/wo"
-    params[at] = jnp.resize(every, params[at].shape)
-    weights = portax.converter_for(tree(MOE).config, layout=TP4).convert(params)
-    for layer in range(4):
-        got = weights[f"vllm_model.model.layers.{layer}.mlp.experts.routed_experts.w2_weight"]
-        np.testing.assert_array_equal(np.asarray(got).view(np.uint16), np.asarray(params[at][:, layer]).view(np.uint16))
+@pytest.mark.parametrize("place", ["one device", "eight devices"])
+@pytest.mark.parametrize("name", [MOE, DENSE])
+@pytest.mark.parametrize(
+    "layout",
+    [TP4, TpuInference(version="0.20", tp=4), TpuInference(version="0.32", tp=8), HuggingFace(), Canonical()],
+    ids=str,
+)
+def test_every_bit_pattern_arrives_where_its_element_goes(layout, name, place):
+    """NaN payloads, denormals and all: numbers below 2**24, exact in float32, tell where each element goes."""
+    numbers, patterns, count = {}, {}, 0
+    for path, leaf in filled(name).items():
+        flat = np.arange(count, count + leaf.size)
+        numbers[path] = jnp.asarray((flat + 1).astype(np.float32).reshape(leaf.shape))
+        patterns[path] = (flat % 2**16).astype(np.uint16).reshape(leaf.shape).view(jnp.bfloat16)
+        count += leaf.size
+    assert count < 2**24
+    on = mesh(fsdp=4, tensor=2) if place == "eight devices" else mesh(all=1)
+    convert = portax.converter_for(tree(name).config, layout=layout).convert
+    wide = portax.converter_for(tree(name).config, layout=dataclasses.replace(layout, dtype=jnp.float32)).convert
+    came_from, weights = wide(numbers), convert(sharded(patterns, on))
+    for leaf, index in came_from.items():
+        index = np.asarray(index).astype(np.int64)
+        expected = np.where(index == 0, 0, (index - 1) % 2**16).astype(np.uint16)
+        np.testing.assert_array_equal(np.asarray(weights[leaf]).view(np.uint16), expected, err_msg=leaf)
 
 
 def test_converters_of_other_tensor_parallel_sizes_live_side_by_side():

@@ -63,7 +63,8 @@ class Leaves:
             return jnp.zeros(shape, dtype)
         if not self._scan:
             return jnp.asarray(leaf)
-        return kernels.unscan(leaf, self._position, axes=tuple(range(at, at + len(self._scan))))
+        axes = tuple(range(at, at + len(self._scan)))
+        return kernels.from_bits(kernels.unscan(kernels.to_bits(leaf), self._position, axes=axes), leaf.dtype)
 
 
 def _problem(path: str, leaf: Any, expected: tuple[int, ...], labels: str) -> Problem | None:
