@@ -3,14 +3,17 @@
 import collections
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Shaped
 
+from portax import kernels
 from portax.errors import PlanError, Problem
 from portax.plan import PROGRAMS_IN_FLIGHT, Entry, Plan
 from portax.tracing import Hooks, hold, layer_leaves
@@ -93,32 +96,74 @@ class Executor:
         if self._mesh is not None:
             targets = tuple(NamedSharding(self._mesh, entry.spec) for entry in job.entries)
         in_program = source is not None and targets and _device_order(source) == _device_order(targets[0])
-        program = self._program(kind, job.tensors, targets if in_program else None)
+        sliced = _sliced_shardings(kind, arrays, self._hooks.config.param_scan_axis)
+        program = self._program(kind, job.tensors, sliced, targets if in_program else None)
         outputs = program(arrays, self._placed(position, source))
         if targets and not in_program:
             outputs = jax.device_put(outputs, targets)
         return dict(zip((entry.name for entry in job.entries), outputs, strict=True))
 
-    def _program(self, kind: Kind, tensors: slice, shardings: tuple[NamedSharding, ...] | None) -> Callable:
-        key = (kind, tensors.start, tensors.stop, shardings)
+    def _program(
+        self,
+        kind: Kind,
+        tensors: slice,
+        sources: tuple[NamedSharding | None, ...],
+        targets: tuple[NamedSharding, ...] | None,
+    ) -> Callable:
+        key = (kind, tensors.start, tensors.stop, sources, targets)
         if key not in self._programs:
+            mesh = self._mesh if targets else None
+            shardings = {path: source for path, source in zip(kind.paths, sources, strict=True) if source is not None}
 
             def program(arrays, position):
-                leaves = layer_leaves(self._hooks, kind, arrays, position)
-                held, _ = hold(self._hooks, leaves, is_global=kind.is_global)
+                leaves = layer_leaves(self._hooks, kind, arrays, position, shardings)
+
+                def place(array, spec):
+                    return kernels.seal(array if mesh is None else _spread(array, mesh, spec), leaves.zero)
+
+                held, _ = hold(self._hooks, leaves, is_global=kind.is_global, place=place)
                 return tuple(tensor.array for tensor in held[tensors])
 
-            self._programs[key] = jax.jit(program, out_shardings=shardings)
+            self._programs[key] = jax.jit(program, out_shardings=targets)
         return self._programs[key]
 
-    def _placed(self, position: tuple[int, ...], source: Sharding | None) -> jax.Array | None:
-        if not position:
-            return None
+    def _placed(self, position: tuple[int, ...], source: Sharding | None) -> jax.Array:
         key = (position, source)
         if key not in self._positions:
             where = None if source is None else _replicated(source)
-            self._positions[key] = jax.device_put(np.array(position, np.int32), where)
+            self._positions[key] = jax.device_put(np.array(position or (0,), np.int32), where)
         return self._positions[key]
+
+
+def _sliced_shardings(kind: Kind, arrays: tuple[Any, ...], scan_axis: int) -> tuple[NamedSharding | None, ...]:
+    """How one layer's slice of each leaf is partitioned; None for what is not spread over devices."""
+
+    def sliced(leaf: Any) -> NamedSharding | None:
+        sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
+        if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+            return None
+        axes = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
+        del axes[scan_axis : scan_axis + len(kind.scan)]
+        return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+
+    return tuple(sliced(leaf) for leaf in arrays)
+
+
+def _spread(array: Shaped[Array, "..."], mesh: Mesh, spec: PartitionSpec) -> Shaped[Array, "..."]:
+    """Partitions a finished array in two steps: over all of the mesh first, then as the engine replicates it.
+
+    In one step XLA may gather whole arrays; and without the constraint it would move the cast back to floats, and with
+    it the communication, in front of the packing.
+    """
+    axes = [*spec, *[None] * (array.ndim - len(spec))]
+    spare = tuple(axis for axis, size in mesh.shape.items() if axis not in axes and size > 1)
+    copies = math.prod(mesh.shape[axis] for axis in spare)
+    free = [i for i, axis in enumerate(axes) if axis is None and array.shape[i] % copies == 0]
+    if spare and free and array.ndim > 1:
+        cut = max(free, key=lambda i: array.shape[i])
+        everywhere = PartitionSpec(*axes[:cut], spare, *axes[cut + 1 :])
+        array = lax.with_sharding_constraint(array, NamedSharding(mesh, everywhere))
+    return lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
 
 def _operands(job: _Job, scan_axis: int) -> tuple[Kind, tuple[Any, ...], tuple[int, ...]]:

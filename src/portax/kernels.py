@@ -1,7 +1,7 @@
 """How bytes move: pure, jitted functions of one layer's arrays.
 
 Inside a converter they are traced into one program per kind of layer; called alone they compile once per shape. They
-move elements and never compute with them, so they are exact for every dtype and every bit pattern.
+move elements and never compute with them. Converters give them bfloat16 as raw bits; see `raw`.
 """
 
 import functools
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 _LANES = 128  # a TPU vector register's minor dimension: what fused MoE kernels pad an expert's width to
 
@@ -40,27 +40,42 @@ def unscan(
 @functools.partial(jax.jit, static_argnames=("axis", "multiple"), inline=True)
 def pad_axis(x: Shaped[Array, "..."], *, axis: int, multiple: int) -> Shaped[Array, "..."]:
     """`x` with zeros appended on `axis` up to a multiple of `multiple`."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, round_up(x.shape[axis], multiple) - x.shape[axis])
-    return jnp.pad(x, widths)
+    missing = round_up(x.shape[axis], multiple) - x.shape[axis]
+    if not missing:
+        return x
+    return jnp.concatenate([x, jnp.zeros((*x.shape[:axis], missing, *x.shape[axis + 1 :]), x.dtype)], axis)
 
 
-@functools.partial(jax.jit, static_argnames=("shards",), inline=True)
-def interleave(parts: Sequence[Shaped[Array, "in _"]], *, shards: int) -> Shaped[Array, "in out"]:
+@functools.partial(jax.jit, static_argnames=("shards", "multiple"), inline=True)
+def interleave(
+    parts: Sequence[Shaped[Array, "*batch _"]], *, shards: int, multiple: int = 1
+) -> Shaped[Array, "*batch out"]:
     """Merges column-parallel kernels so that every shard holds its slice of each, side by side.
 
     ```
     parts a, b and 2 shards:   a = [a0 a1], b = [b0 b1]  ->  [a0 b0 | a1 b1]
+    with a multiple:           each slice followed by zeros up to it, [a0 0 b0 0 | a1 0 b1 0]
     ```
 
     Args:
-        parts: `[in, out_i]` kernels; every `out_i` a multiple of `shards`.
+        parts: `[..., in, out_i]` kernels; every `out_i` a multiple of `shards`.
         shards: Tensor-parallel size.
+        multiple: What the width of each slice is padded to.
 
     Source: tpu-inference 0.32, layers/common/process_weights/linear_weights.py.
     """
-    rows = parts[0].shape[0]
-    return jnp.concatenate([part.reshape(rows, shards, -1) for part in parts], axis=2).reshape(rows, -1)
+    batch = parts[0].shape[:-1]
+    chunks = [part.shape[-1] // shards for part in parts]
+    paddings = [round_up(chunk, multiple) - chunk for chunk in chunks]
+    # Joined on an axis that is not the last one, in runs that divide every slice: XLA makes one loop of that, without
+    # temporaries, that copies whole vectors. Joined on the last axis, it would first write every part out.
+    run = math.gcd(*chunks, *paddings)
+    pieces = []
+    for part, padding in zip(parts, paddings, strict=True):
+        pieces.append(part.reshape(*batch, shards, -1, run))
+        if padding:
+            pieces.append(jnp.zeros((*batch, shards, padding // run, run), part.dtype))
+    return jnp.concatenate(pieces, axis=-2).reshape(*batch, -1)
 
 
 @functools.partial(jax.jit, static_argnames=("shards", "replicate_kv"), inline=True)
@@ -95,7 +110,6 @@ def pack_qkv(
     return interleave([x.reshape(rows, -1) for x in (query, key, value)], shards=shards)
 
 
-@functools.partial(jax.jit, static_argnames=("shards", "multiple"), inline=True)
 def fuse_w13(
     gate: Shaped[Array, "experts in width"],
     up: Shaped[Array, "experts in width"],
@@ -103,34 +117,45 @@ def fuse_w13(
     shards: int,
     multiple: int = _LANES,
 ) -> Shaped[Array, "experts in fused"]:
-    """Fuses the gate and up kernels of all experts; each shard's chunk of either is padded with zeros.
+    """Fuses the gate and up kernels of all experts; each shard's slice of either is padded with zeros.
 
     ```
-    2 shards:   [gate0 0 up0 0 | gate1 0 up1 0]      every chunk `width / shards`, padded to a multiple of 128
+    2 shards:   [gate0 0 up0 0 | gate1 0 up1 0]      every slice `width / shards`, padded to a multiple of 128
     ```
 
     Args:
         gate: Kernel of the activated branch.
         up: Kernel of the linear branch.
         shards: Tensor-parallel size; divides `width`.
-        multiple: What each chunk is padded to.
+        multiple: What each slice is padded to.
 
     Source: tpu-inference 0.32, layers/common/process_weights/moe_weights.py.
     """
-    experts, rows, width = gate.shape
-    chunk = width // shards
-    # Copied run by run, in runs that divide both the chunk and its padding: one loop, nothing temporary, whole vectors.
-    run = math.gcd(chunk, round_up(chunk, multiple))
-    gate, up = (x.reshape(experts, rows, shards, chunk // run, run) for x in (gate, up))
-    padding = jnp.zeros((experts, rows, shards, (round_up(chunk, multiple) - chunk) // run, run), gate.dtype)
-    return jnp.concatenate([gate, padding, up, padding], axis=3).reshape(experts, rows, -1)
+    return interleave([gate, up], shards=shards, multiple=multiple)
 
 
-def to_bits(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """The elements of `x` as unsigned integers of the same width, so that moving them can never compute with them."""
-    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+def raw(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """bfloat16 as the unsigned integers that its bits spell; anything else as it is.
+
+    XLA and LLVM may copy bfloat16 by way of float32 wherever they see fit, which quiets NaNs and, on some machines,
+    flushes denormals. So between trainer and engine bfloat16 travels as uint16.
+    """
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
 
-def from_bits(x: Shaped[Array, "..."], dtype: jnp.dtype) -> Shaped[Array, "..."]:
-    """The inverse of `to_bits`."""
-    return lax.bitcast_convert_type(x, dtype)
+def cooked(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """The inverse of `raw`."""
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def seal(x: Shaped[Array, "..."], zero: Bool[Array, ""]) -> Shaped[Array, "..."]:
+    """Raw bfloat16, unchanged, in a way that keeps the compiler from moving a cast to floats across this point.
+
+    Nothing moves across an exclusive-or with a number that is only known when the program runs; it costs one vector
+    instruction. What is not raw needs no protection.
+
+    Args:
+        x: What to protect.
+        zero: False, computed from an argument of the program.
+    """
+    return x ^ zero.astype(x.dtype) if x.dtype == jnp.uint16 else x

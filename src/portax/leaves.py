@@ -4,11 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Bool, Int, Shaped
 
 from portax import kernels
 from portax.config import ModelConfig
 from portax.errors import Problem
+
+NOWHERE = np.zeros(1, np.int32)
 
 
 class Leaves:
@@ -30,21 +35,32 @@ class Leaves:
         config: ModelConfig,
         *,
         scan: tuple[int, ...] = (),
-        position: Int[Array, " depth"] | None = None,
+        position: Int[Array | np.ndarray, " depth"] = NOWHERE,
+        shardings: Mapping[str, NamedSharding] | None = None,
     ):
+        """Makes a view.
+
+        Args:
+            arrays: The leaves, or the stacks that they are slices of, by path relative to the layer.
+            config: The model's configuration.
+            scan: Size of each scan axis of the stacks.
+            position: Index on each scan axis; `[0]` without one.
+            shardings: How the layer's own slice of each leaf is partitioned, where leaves are spread over devices.
+        """
         self.config = config
         self.problems: list[Problem] = []
         self.expected: dict[str, tuple[int, ...]] = {}
         self._arrays = arrays
         self._scan = scan
         self._position = position
+        self._shardings = shardings or {}
 
     def __contains__(self, path: str) -> bool:
         """Whether the tree has this leaf; what that decides, the config must permit."""
         return path in self._arrays
 
     def read(self, path: str, axes: str) -> Shaped[Array, "..."]:
-        """One leaf of this layer, without its scan axes.
+        """One leaf of this layer, without its scan axes; bfloat16 comes `kernels.raw`, for moving, not for arithmetic.
 
         Args:
             path: Path relative to the layer, e.g. `self_attention/query/kernel`.
@@ -61,10 +77,18 @@ class Leaves:
             self.problems.append(problem)
             dtype = leaf.dtype if leaf is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.float32
             return jnp.zeros(shape, dtype)
-        if not self._scan:
-            return jnp.asarray(leaf)
-        axes = tuple(range(at, at + len(self._scan)))
-        return kernels.from_bits(kernels.unscan(kernels.to_bits(leaf), self._position, axes=axes), leaf.dtype)
+        leaf = jnp.asarray(leaf)
+        own = kernels.raw(leaf)
+        if self._scan:
+            own = kernels.unscan(own, self._position, axes=tuple(range(at, at + len(self._scan))))
+        if path in self._shardings:  # else XLA may communicate before the cast to bits, and then does it in float32
+            own = lax.with_sharding_constraint(own, self._shardings[path])
+        return kernels.seal(own, self.zero)
+
+    @property
+    def zero(self) -> Bool[Array, ""]:
+        """False, in a way that no compiler can know; see `kernels.seal`."""
+        return self._position[0] < 0
 
 
 def _problem(path: str, leaf: Any, expected: tuple[int, ...], labels: str) -> Problem | None:

@@ -1,17 +1,19 @@
 """From a section of the trainer's tree to the engine's tensors: for real inside a program, or abstractly in a plan."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
 from portax.blocks import Block
 from portax.config import ModelConfig
 from portax.errors import LayoutError, Problem
-from portax.layouts import Layout, Tensor
+from portax.layouts import Layout, Place, Tensor
 from portax.leaves import Leaves
 from portax.trainer_state import Kind, Section
 
@@ -47,8 +49,16 @@ class Trace:
     problems: tuple[Problem, ...]
 
 
-def hold(hooks: Hooks, leaves: Leaves, *, is_global: bool) -> tuple[tuple[Tensor, ...], tuple[Block, ...]]:
+def hold(
+    hooks: Hooks, leaves: Leaves, *, is_global: bool, place: Place = lambda array, spec: array
+) -> tuple[tuple[Tensor, ...], tuple[Block, ...]]:
     """Asks the hooks what the leaves are, and the layout how the engine holds that.
+
+    Args:
+        hooks: The converter.
+        leaves: The leaves of one layer, or of the model outside its layers.
+        is_global: Which of the two.
+        place: Puts an array where it belongs; see `Layout.hold`.
 
     Returns:
         The engine's tensors, and the blocks that the layout refuses; why is recorded in `leaves.problems`.
@@ -57,7 +67,7 @@ def hold(hooks: Hooks, leaves: Leaves, *, is_global: bool) -> tuple[tuple[Tensor
     refused: list[Block] = []
     for block in hooks.global_weights(leaves) if is_global else hooks.layer_blocks(leaves):
         try:
-            tensors += hooks.layout.hold(block)
+            tensors += hooks.layout.hold(block, place)
         except LayoutError as error:
             refused.append(block)
             leaves.problems.append(
@@ -71,9 +81,16 @@ def hold(hooks: Hooks, leaves: Leaves, *, is_global: bool) -> tuple[tuple[Tensor
     return tuple(tensors), tuple(refused)
 
 
-def layer_leaves(hooks: Hooks, kind: Kind, arrays: tuple[Any, ...], position: Int[Array, " depth"] | None) -> Leaves:
+def layer_leaves(
+    hooks: Hooks,
+    kind: Kind,
+    arrays: tuple[Any, ...],
+    position: Int[Array, " depth"],
+    shardings: Mapping[str, NamedSharding] | None = None,
+) -> Leaves:
     """One layer as its hooks see it, given its arrays and its place in their stack."""
-    return Leaves(dict(zip(kind.paths, arrays, strict=True)), hooks.config, scan=kind.scan, position=position)
+    by_path = dict(zip(kind.paths, arrays, strict=True))
+    return Leaves(by_path, hooks.config, scan=kind.scan, position=position, shardings=shardings)
 
 
 def trace(hooks: Hooks, section: Section) -> Trace:
@@ -91,10 +108,10 @@ def trace(hooks: Hooks, section: Section) -> Trace:
         jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
         for leaf in section.arrays(section.layers[0])
     )
-    position = jax.ShapeDtypeStruct((len(kind.scan),), jnp.int32) if kind.scan else None
+    position = jax.ShapeDtypeStruct((max(len(kind.scan), 1),), jnp.int32)
     jaxpr, (tensors, _) = jax.make_jaxpr(one_layer, return_shape=True)(shapes, position)
-    names = (*kind.paths, *(() if position is None else (None,)))
-    sources = [tuple(names[i] for i in sorted(feeds) if names[i] is not None) for feeds in _provenance(jaxpr.jaxpr)]
+    inputs = frozenset(range(len(kind.paths)))  # the position comes after them
+    sources = [tuple(kind.paths[i] for i in sorted(feeds & inputs)) for feeds in _provenance(jaxpr.jaxpr)]
     used = frozenset().union(*sources)
     return Trace(tensors, tuple(sources[: len(tensors)]), used, tuple(problems))
 

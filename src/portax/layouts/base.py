@@ -4,8 +4,8 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +37,14 @@ class Tensor:
     tied_to: str | None = None
 
 
+Place: TypeAlias = Callable[[Shaped[Array, "..."], PartitionSpec], Shaped[Array, "..."]]
+
+
 class Layout(abc.ABC):
     """How one kind of engine holds weights. Subclasses are frozen dataclasses: equal layouts share programs.
 
     A layout answers for every kind of block with the arrays that the engine holds for it. Blocks reach it already in
-    the engine's dtype and as raw bits, so all it can do is move, pad and repeat; it knows no model.
+    the engine's dtype, and bfloat16 as raw bits, so all it can do is move, pad and repeat; it knows no model.
     """
 
     @property
@@ -68,17 +71,22 @@ class Layout(abc.ABC):
         """Whether the engine fills the leaf of this name itself, so that no trainer ever writes it."""
         return False
 
-    def hold(self, block: blocks.Block) -> tuple[Tensor, ...]:
+    def hold(self, block: blocks.Block, place: Place = lambda array, spec: array) -> tuple[Tensor, ...]:
         """The arrays that the engine holds for one block.
+
+        Args:
+            block: The block, in the trainer's dtype.
+            place: Puts an array where it belongs, given its spec; called while bfloat16 is still raw.
 
         Raises:
             LayoutError: The engine cannot hold it: a size is not divisible by the topology.
         """
         float32 = isinstance(block, blocks.Param) and block.float32
-        dtype = jnp.dtype(jnp.float32) if float32 else self.dtype or jnp.result_type(*jax.tree.leaves(block))
-        bits = jax.tree.map(lambda leaf: kernels.to_bits(leaf.astype(dtype)), block)
+        dtypes = [jnp.bfloat16 if leaf.dtype == jnp.uint16 else leaf.dtype for leaf in jax.tree.leaves(block)]
+        dtype = jnp.dtype(jnp.float32) if float32 else self.dtype or jnp.result_type(*dtypes)
         return tuple(
-            dataclasses.replace(tensor, array=kernels.from_bits(tensor.array, dtype)) for tensor in self._arrange(bits)
+            dataclasses.replace(tensor, array=kernels.cooked(place(tensor.array, tensor.spec)))
+            for tensor in self._arrange(jax.tree.map(lambda leaf: _stored(leaf, dtype), block))
         )
 
     def _arrange(self, block: blocks.Block) -> tuple[Tensor, ...]:
@@ -127,6 +135,13 @@ class Layout(abc.ABC):
     @abc.abstractmethod
     def tied_lm_head(self, block: blocks.TiedLMHead) -> tuple[Tensor, ...]:
         """Holds an output projection that is the embedding."""
+
+
+def _stored(leaf: Shaped[Array, "..."], dtype: jnp.dtype) -> Shaped[Array, "..."]:
+    """A leaf in the engine's dtype, bfloat16 raw."""
+    if leaf.dtype == jnp.uint16 and dtype == jnp.bfloat16:
+        return leaf
+    return kernels.raw(kernels.cooked(leaf).astype(dtype))
 
 
 def in_decoder(tensor: Tensor, layer: int | str | None) -> str:
