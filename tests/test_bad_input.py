@@ -213,6 +213,13 @@ def test_something_that_is_no_tree():
     problems(converter(DENSE), [np.zeros(3)], "params: found a list; expected a mapping")
 
 
+@pytest.mark.parametrize("leaf", [3, "0.1", [1.0], object()])
+def test_leaves_that_are_no_arrays(leaf):
+    params = filled(DENSE) | {"base/step": leaf}
+    match = rf"base/step: found a {type(leaf).__name__}; expected an array of JAX or numpy"
+    problems(converter(DENSE), params, match)
+
+
 def test_shapes_can_be_planned_but_not_converted():
     shapes = tree(DENSE).shapes
     assert converter(DENSE).plan(shapes).bytes_out > 0

@@ -88,6 +88,26 @@ def test_sharded_sources_stay_on_the_devices(name, axes):
             assert leaf.sharding == NamedSharding(engine_mesh(4), golden(name).leaves[leaf_name].spec)
 
 
+def test_meshes_of_explicit_axes():
+    """What jax.make_mesh makes by default in newer versions; results carry the very mesh that was asked for."""
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    source = jax.sharding.Mesh(mesh(fsdp=4, tensor=2).devices, ("fsdp", "tensor"), axis_types=explicit)
+    engine = jax.sharding.Mesh(engine_mesh(4).devices, ("data", "model"), axis_types=explicit)
+    converter = portax.converter_for(tree(MOE).config, layout=TP4, mesh=engine)
+    params = sharded(filled(MOE), source)
+    with jax.transfer_guard("disallow"):
+        weights = jax.block_until_ready(converter.convert(params))
+    assert exact(weights, MOE)
+    assert {leaf.sharding.mesh for leaf in weights.values()} == {engine}
+
+
+def test_a_consumer_may_donate_each_bucket():
+    params = {path: jnp.asarray(leaf) for path, leaf in filled(MOE).items()}
+    for bucket in portax.converter_for(tree(MOE).config, layout=TP4).stream(params, bucket_bytes=2**20):
+        for leaf in bucket.values():
+            leaf.delete()
+
+
 def test_host_arrays_are_moved_layer_by_layer():
     """No stack of a host tree ever becomes a device array."""
     converter = portax.converter_for(tree(MOE).config, layout=TP4)

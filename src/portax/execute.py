@@ -60,7 +60,8 @@ class Executor:
 
     def __init__(self, hooks: Hooks, mesh: Mesh | None):
         self._hooks = hooks
-        self._mesh = mesh
+        self._mesh = mesh if mesh is None else _auto(mesh)
+        self._wanted_mesh = mesh
         self._programs: dict[Any, Callable] = {}
         self._positions: dict[Any, jax.Array] = {}
 
@@ -81,8 +82,8 @@ class Executor:
             if bucket and (bucket_bytes is None or size + job.nbytes > bucket_bytes):
                 yield bucket
                 bucket, size = {}, 0
-            if len(in_flight) == PROGRAMS_IN_FLIGHT:
-                jax.block_until_ready(in_flight.popleft())
+            if len(in_flight) == PROGRAMS_IN_FLIGHT:  # what a consumer has already donated is ready
+                jax.block_until_ready([leaf for leaf in in_flight.popleft().values() if not leaf.is_deleted()])
             finished = self._run(job)
             in_flight.append(finished)
             bucket |= finished
@@ -101,6 +102,9 @@ class Executor:
         outputs = program(arrays, self._placed(position, source))
         if targets and not in_program:
             outputs = jax.device_put(outputs, targets)
+        if self._wanted_mesh is not None and self._wanted_mesh != self._mesh:
+            wanted = [NamedSharding(self._wanted_mesh, entry.spec) for entry in job.entries]
+            outputs = [_on_mesh(output, sharding) for output, sharding in zip(outputs, wanted, strict=True)]
         return dict(zip((entry.name for entry in job.entries), outputs, strict=True))
 
     def _program(
@@ -168,7 +172,8 @@ def _spread(array: Shaped[Array, "..."], mesh: Mesh, spec: PartitionSpec) -> Sha
 
 def _operands(job: _Job, scan_axis: int) -> tuple[Kind, tuple[Any, ...], tuple[int, ...]]:
     """What a program is called with. Stacks in host memory are sliced there, so that one layer at a time is moved."""
-    kind, arrays, position = job.section.kind, job.section.arrays(job.layer), job.layer.position
+    kind, position = job.section.kind, job.layer.position
+    arrays = tuple(_automatic(leaf) for leaf in job.section.arrays(job.layer))
     if position and all(isinstance(leaf, np.ndarray) for leaf in arrays):
         at = (slice(None),) * scan_axis + position
         return dataclasses.replace(kind, scan=()), tuple(leaf[at] for leaf in arrays), ()
@@ -192,6 +197,24 @@ def _cuts(entries: tuple[Entry, ...], most: int | None) -> Iterator[slice]:
             start, size = i, 0
         size += entry.nbytes
     yield slice(start, len(entries))
+
+
+def _auto(mesh: Mesh) -> Mesh:
+    """The same devices and axes, partitioned by the compiler: constraints and packing need no types for that."""
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
+def _automatic(leaf: Any) -> Any:
+    mesh = getattr(leaf.sharding, "mesh", None) if isinstance(leaf, jax.Array) else None
+    return (
+        leaf if mesh is None or mesh == _auto(mesh) else _on_mesh(leaf, NamedSharding(_auto(mesh), leaf.sharding.spec))
+    )
+
+
+def _on_mesh(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """The same shards under a mesh that differs in the types of its axes only; nothing is copied."""
+    shards = [shard.data for shard in leaf.addressable_shards]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
 
 
 def _device_order(sharding: Sharding) -> tuple[jax.Device, ...]:

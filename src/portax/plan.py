@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -126,7 +126,7 @@ def make_plan(
     hooks: Hooks,
     wrapper: str,
     state: TrainerState,
-    sections: Iterable[Section],
+    sections: Sequence[Section],
     *,
     target: Mapping[str, Any] | None,
     strict_dtype: bool,
@@ -219,7 +219,7 @@ def _section_problems(section: Section, traced: Trace, root: str) -> list[Proble
     return problems
 
 
-def _depth_problems(sections: Iterable[Section], expected: int, root: str) -> list[Problem]:
+def _depth_problems(sections: Sequence[Section], expected: int, root: str) -> list[Problem]:
     found = sorted(layer.index for section in sections for layer in section.layers if layer.index is not None)
     if found == list(range(expected)):
         return []

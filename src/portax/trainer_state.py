@@ -14,6 +14,7 @@ from portax.errors import PlanError, Problem
 from portax.names import fold, natural_order
 
 _ROOTS = ("base", "params")
+_ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ def read(params: Any) -> TrainerState:
         The flat state.
 
     Raises:
-        PlanError: The tree is empty, or is no tree.
+        PlanError: The tree is empty, is no tree, or holds something else than arrays.
     """
     if not isinstance(params, Mapping):
         raise PlanError([_no_parameters(f"a {type(params).__name__}")])
@@ -55,6 +56,8 @@ def read(params: Any) -> TrainerState:
             ignored.append("/".join(path))
     if not leaves:
         raise PlanError([_no_parameters("an empty tree")])
+    if odd := [_no_array(path, leaf) for path, leaf in leaves.items() if not isinstance(leaf, _ARRAYS)]:
+        raise PlanError(odd)
     root = _common_root(leaves)
     return TrainerState({path.removeprefix(root): leaf for path, leaf in leaves.items()}, root, tuple(ignored))
 
@@ -66,6 +69,11 @@ def _no_parameters(found: str) -> Problem:
         "a mapping that holds the model's parameters (nnx.State, nested or flat dict)",
         "the state was filtered to nothing, or another object was passed",
     )
+
+
+def _no_array(path: str, leaf: Any) -> Problem:
+    cause = "metadata, a framework's own tensor type, or a box that is not opened"
+    return Problem(path, f"a {type(leaf).__name__}", "an array of JAX or numpy, or a jax.ShapeDtypeStruct", cause)
 
 
 def flatten(node: Mapping, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -86,7 +94,7 @@ def _split(key: Any) -> tuple[str, ...]:
 
 def unbox(box: Any) -> Any:
     """The array (or shape) in a box such as `nnx.Param`; an array itself is returned as it is."""
-    if isinstance(box, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic):
+    if isinstance(box, _ARRAYS):
         return box
     if hasattr(box, "get_value"):
         return box.get_value()
