@@ -89,6 +89,12 @@ def test_unscan_reads_one_layer_wherever_the_scan_axes_are(shape, data):
     np.testing.assert_array_equal(layer, stack[(slice(None),) * first + tuple(position)])
 
 
+@given(sizes, sizes, st.sampled_from([np.uint16, np.uint32]))
+def test_transpose(rows, columns, dtype):
+    x = (numbered(rows, columns) * 40503).astype(dtype)  # both bytes in use
+    np.testing.assert_array_equal(kernels.transpose(jnp.array(x)), x.T)
+
+
 @given(sizes, sizes, st.integers(0, 1), st.sampled_from([1, 3, 64]))
 def test_pad_axis_appends_zeros(rows, columns, axis, multiple):
     x = numbered(rows, columns, start=1)

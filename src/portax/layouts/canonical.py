@@ -34,18 +34,18 @@ class Canonical(Layout):
 
     def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:
         """`[out, in]`."""
-        return (Tensor(f"{block.name}.weight", as_matrix(block).T),)
+        return (Tensor(f"{block.name}.weight", kernels.transpose(as_matrix(block))),)
 
     def merged_linear(self, block: blocks.MergedLinear) -> tuple[Tensor, ...]:
         """The parts one below the other, `[out_a + out_b, in]`."""
         parts = [flat_columns(part) for group in block.parts for part in group]
-        return (Tensor(f"{block.name}.weight", kernels.interleave(parts, shards=1).T),)
+        return (Tensor(f"{block.name}.weight", kernels.transpose(kernels.interleave(parts, shards=1))),)
 
     def qkv(self, block: blocks.QKV) -> tuple[Tensor, ...]:
         """`[q | k | v]` rows, heads in order."""
         value = block.key if block.value is None else block.value
         packed = kernels.pack_qkv(block.query, block.key, value, shards=1, replicate_kv=True)
-        return (Tensor(f"{block.name}.qkv_proj.weight", packed.T),)
+        return (Tensor(f"{block.name}.qkv_proj.weight", kernels.transpose(packed)),)
 
     def fused_moe(self, block: blocks.FusedMoE) -> tuple[Tensor, ...]:
         """`w13 = [E, 2F, D]`, gate above up, and `w2 = [E, D, F]`."""
@@ -61,7 +61,7 @@ class Canonical(Layout):
 
     def lm_head(self, block: blocks.LMHead) -> tuple[Tensor, ...]:
         """As the embedding, beside the decoder."""
-        table = kernels.pad_axis(block.kernel.T, axis=0, multiple=_VOCAB_MULTIPLE)
+        table = kernels.pad_axis(kernels.transpose(block.kernel), axis=0, multiple=_VOCAB_MULTIPLE)
         return (Tensor("lm_head.weight", table, in_decoder=False),)
 
     def tied_lm_head(self, block: blocks.TiedLMHead) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from portax import blocks
+from portax import blocks, kernels
 from portax.layouts.base import Layout, Tensor, as_matrix, flat_columns, in_decoder
 
 
@@ -31,21 +31,24 @@ class HuggingFace(Layout):
 
     def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:
         """`[out, in]`."""
-        return (Tensor(f"{block.name}.weight", as_matrix(block).T),)
+        return (Tensor(f"{block.name}.weight", kernels.transpose(as_matrix(block))),)
 
     def merged_linear(self, block: blocks.MergedLinear) -> tuple[Tensor, ...]:
         """Each group of parts under its own name, `[out, in]`."""
         return tuple(
-            Tensor(f"{name}.weight", jnp.concatenate([flat_columns(part) for part in group], axis=1).T)
+            Tensor(
+                f"{name}.weight",
+                kernels.transpose(kernels.interleave([flat_columns(part) for part in group], shards=1)),
+            )
             for name, group in zip(block.hub, block.parts, strict=True)
         )
 
     def qkv(self, block: blocks.QKV) -> tuple[Tensor, ...]:
         """`q_proj`, `k_proj` and, unless the keys serve as values, `v_proj`."""
-        kernels = {"q_proj": block.query, "k_proj": block.key, "v_proj": block.value}
+        projections = {"q_proj": block.query, "k_proj": block.key, "v_proj": block.value}
         return tuple(
-            Tensor(f"{block.name}.{name}.weight", flat_columns(kernel).T)
-            for name, kernel in kernels.items()
+            Tensor(f"{block.name}.{name}.weight", kernels.transpose(flat_columns(kernel)))
+            for name, kernel in projections.items()
             if kernel is not None
         )
 
@@ -57,11 +60,11 @@ class HuggingFace(Layout):
                 Tensor(f"{block.name}.gate_up_proj", gate_up.swapaxes(1, 2)),
                 Tensor(f"{block.name}.down_proj", block.down.swapaxes(1, 2)),
             )
-        kernels = {"gate_proj": block.gate, "up_proj": block.up, "down_proj": block.down}
+        projections = {"gate_proj": block.gate, "up_proj": block.up, "down_proj": block.down}
         return tuple(
-            Tensor(f"{block.name}.{expert}.{name}.weight", kernel[expert].T)
+            Tensor(f"{block.name}.{expert}.{name}.weight", kernels.transpose(kernel[expert]))
             for expert in range(block.gate.shape[0])
-            for name, kernel in kernels.items()
+            for name, kernel in projections.items()
         )
 
     def embedding(self, block: blocks.Embedding) -> tuple[Tensor, ...]:
@@ -70,7 +73,7 @@ class HuggingFace(Layout):
 
     def lm_head(self, block: blocks.LMHead) -> tuple[Tensor, ...]:
         """`[vocab, embed]`."""
-        return (Tensor("lm_head.weight", block.kernel.T, in_decoder=False),)
+        return (Tensor("lm_head.weight", kernels.transpose(block.kernel), in_decoder=False),)
 
     def tied_lm_head(self, block: blocks.TiedLMHead) -> tuple[Tensor, ...]:
         """Nothing: the hub's config says that they are tied."""

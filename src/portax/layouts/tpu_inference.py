@@ -181,7 +181,7 @@ class TpuInference(Layout):
 
     def lm_head(self, block: blocks.LMHead) -> tuple[Tensor, ...]:
         """As the embedding, beside the decoder."""
-        return (self._head(block.kernel.T, tied_to=None),)
+        return (self._head(kernels.transpose(block.kernel), tied_to=None),)
 
     def tied_lm_head(self, block: blocks.TiedLMHead) -> tuple[Tensor, ...]:
         """A second array with the embedding's values; before 0.28 none where vLLM shares the module."""
@@ -198,7 +198,7 @@ class TpuInference(Layout):
 
     def _matrix(self, name: str, kernel: Shaped[Array, "in out"], cut: _Cut) -> Tensor:
         if self._release < _LINEARS_IN_OUT:
-            kernel, cut = kernel.T, cut[::-1]
+            kernel, cut = kernels.transpose(kernel), cut[::-1]
         return Tensor(f"{name}.weight", kernel, self._spec(*cut))
 
     def _spec(self, *axes: str | None) -> PartitionSpec:
