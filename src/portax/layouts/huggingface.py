@@ -35,12 +35,9 @@ class HuggingFace(Layout):
 
     def merged_linear(self, block: blocks.MergedLinear) -> tuple[Tensor, ...]:
         """Each group of parts under its own name, `[out, in]`."""
+        merged = [kernels.interleave([flat_columns(part) for part in group], shards=1) for group in block.parts]
         return tuple(
-            Tensor(
-                f"{name}.weight",
-                kernels.transpose(kernels.interleave([flat_columns(part) for part in group], shards=1)),
-            )
-            for name, group in zip(block.hub, block.parts, strict=True)
+            Tensor(f"{name}.weight", kernels.transpose(matrix)) for name, matrix in zip(block.hub, merged, strict=True)
         )
 
     def qkv(self, block: blocks.QKV) -> tuple[Tensor, ...]:
