@@ -1,9 +1,11 @@
 """Times one converter on a made-up Qwen3-MoE tree in bfloat16 and prints one line of JSON; `convert.py` runs it.
 
-Between calls freed memory goes back to the system, so that results land in fresh pages; under a malloc that keeps memory
-(`convert.py` sets one up) they land in used ones, as they do on a device. It imports only what the converter it times needs, so that it runs in MaxText's environment as well as in portax's. The
+It imports only what the converter it times needs, so that it runs in MaxText's environment as well as in portax's. The
 tree has MaxText's names and shapes and random values. Seconds are of whole calls, until every result is there; the peak
 is the highest resident size sampled during a warm call, less that before it, so it counts the results.
+
+Between calls freed memory goes back to the system, and results land in fresh pages; under a malloc that keeps memory
+(`convert.py` sets one up) they land in used ones, as they do on an accelerator.
 """
 
 import argparse
