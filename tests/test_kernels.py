@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from portax import kernels
 
-settings.register_profile("portax", deadline=None, max_examples=60)
+settings.register_profile("portax", deadline=None, max_examples=30)
 settings.load_profile("portax")
 
 sizes = st.integers(1, 5)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
 from portax.blocks import Block
 from portax.config import ModelConfig
@@ -51,7 +51,7 @@ class Trace:
 
 def hold(
     hooks: Hooks, leaves: Leaves, *, is_global: bool, place: Place = lambda array, spec: array
-) -> tuple[tuple[Tensor, ...], tuple[Block, ...]]:
+) -> tuple[tuple[Tensor, ...], tuple[Shaped[Array, "..."], ...]]:
     """Asks the hooks what the leaves are, and the layout how the engine holds that.
 
     Args:
@@ -61,15 +61,15 @@ def hold(
         place: Puts an array where it belongs; see `Layout.hold`.
 
     Returns:
-        The engine's tensors, and the blocks that the layout refuses; why is recorded in `leaves.problems`.
+        The engine's tensors, and the arrays that the layout refuses; why is recorded in `leaves.problems`.
     """
     tensors: list[Tensor] = []
-    refused: list[Block] = []
+    refused: list[Shaped[Array, "..."]] = []
     for block in hooks.global_weights(leaves) if is_global else hooks.layer_blocks(leaves):
         try:
             tensors += hooks.layout.hold(block, place)
         except LayoutError as error:
-            refused.append(block)
+            refused += jax.tree.leaves(block)
             leaves.problems.append(
                 Problem(
                     getattr(block, "name", type(block).__name__),
