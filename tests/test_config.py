@@ -69,11 +69,20 @@ def test_everything_missing_is_named_at_once():
         "num_decoder_layers: missing (MaxText's key is base_num_decoder_layers)",
         "num_query_heads: missing",
         "num_kv_heads: missing",
-        "mlp_dim: missing",
         "vocab_size: missing (MaxText's key is vocab_size)",
         "emb_dim: 'wide' is not an integer of at least 1",
     ):
         assert line in str(raised.value)
+
+
+def test_only_the_mlp_that_a_model_has_needs_a_width():
+    dense = {key: value for key, value in tree("qwen3-8b.scan").config.items() if "mlp_dim" not in key}
+    with pytest.raises(
+        portax.ConfigError, match=r"mlp_dim: missing, with num_experts=1 \(MaxText's key is base_mlp_dim\)"
+    ):
+        ModelConfig.of(dense)
+    experts = {key: value for key, value in CONFIG.items() if key not in ("mlp_dim", "base_mlp_dim")}
+    assert ModelConfig.of(experts).moe_mlp_dim == 96
 
 
 def test_missing_hub_keys_are_named_as_the_hub_names_them():

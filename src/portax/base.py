@@ -15,7 +15,8 @@ from portax.config import ModelConfig
 from portax.errors import ConfigError, LayoutError
 from portax.layouts import Layout, TpuInference
 from portax.leaves import Leaves
-from portax.plan import Plan, make_plan
+from portax.plan import Plan
+from portax.planning import make_plan
 from portax.tracing import hold
 
 Blocks: TypeAlias = tuple[blocks.Block, ...]

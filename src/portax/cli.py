@@ -7,6 +7,7 @@ the layout is not usable.
 import argparse
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -193,6 +194,7 @@ def _show(table: Table) -> None:
 
 
 def _simulate_devices(count: int) -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's advice on partitioning is about tiny arrays here
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
 

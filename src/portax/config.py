@@ -25,8 +25,8 @@ class ModelConfig:
         num_query_heads: Query heads per layer.
         num_kv_heads: KV heads per layer.
         head_dim: Width of one head.
-        mlp_dim: Width of the dense MLP.
         vocab_size: Rows of the embedding.
+        mlp_dim: Width of the dense MLP.
         num_experts: Routed experts per layer; 1 means a dense MLP.
         moe_mlp_dim: Width of one routed expert.
         logits_via_embedding: Whether the output projection is the embedding table (tied embeddings).
@@ -40,8 +40,8 @@ class ModelConfig:
     num_query_heads: int
     num_kv_heads: int
     head_dim: int
-    mlp_dim: int
     vocab_size: int
+    mlp_dim: int = 0
     num_experts: int = 1
     moe_mlp_dim: int = 0
     logits_via_embedding: bool = False
@@ -153,13 +153,15 @@ def _violations(values: Mapping[str, Any]) -> list[str]:
             if not isinstance(value, kind):
                 problems.append(f"{name}: {value!r} is not a {kind.__name__}")
         elif (name, value) != ("rollout_tensor_parallelism", None):
-            least = 0 if name in ("moe_mlp_dim", "param_scan_axis") else 1
+            least = 0 if name in ("mlp_dim", "moe_mlp_dim", "param_scan_axis") else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 problems.append(f"{name}: {value!r} is not an integer of at least {least}")
     if problems:
         return problems
-    if values.get("num_experts", 1) > 1 and not values.get("moe_mlp_dim"):
-        problems.append(f"moe_mlp_dim: missing, with num_experts={values['num_experts']}")
+    experts = values.get("num_experts", 1)
+    width = "moe_mlp_dim" if experts > 1 else "mlp_dim"
+    if not values.get(width):
+        problems.append(f"{width}: missing, with num_experts={experts} (MaxText's key is base_{width})")
     if values.get("param_scan_axis", 1) not in (0, 1):
         problems.append(f"param_scan_axis: {values['param_scan_axis']} is neither 0 nor 1")
     return problems
