@@ -1,6 +1,6 @@
 """Warm conversion of a 2 GB Qwen3-MoE tree: portax, MaxText's converters and a plain copy, in one run.
 
-    python benchmarks/convert.py
+    python benchmarks/convert.py        (about a quarter of an hour)
 
 Every converter runs in processes of its own, in turn, MaxText's in an environment that is made on the first run (it
 needs a Python 3.12 and some 700 MB). The copy is `np.copyto` of as many bytes into touched memory, in the same process.
