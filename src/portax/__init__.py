@@ -1,19 +1,35 @@
 """portax: moves weights from a JAX trainer into a rollout engine, bit for bit."""
 
 from portax import blocks, kernels, layouts
+from portax.arithmetic import Affine
 from portax.base import BaseConverter
 from portax.config import ModelConfig
 from portax.errors import ConfigError, GoldenError, LayoutError, PlanError, PortaxError, Problem
+from portax.layers import Layer, ScanForm
 from portax.leaves import Leaves
-from portax.models import Qwen3Converter, converter_for
+from portax.models import (
+    Gemma3Converter,
+    Gemma4Converter,
+    Gemma4SmallConverter,
+    Qwen2Converter,
+    Qwen3_5Converter,
+    Qwen3Converter,
+    Qwen3NextConverter,
+    converter_for,
+)
 from portax.plan import Plan
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Affine",
     "BaseConverter",
     "ConfigError",
+    "Gemma3Converter",
+    "Gemma4Converter",
+    "Gemma4SmallConverter",
     "GoldenError",
+    "Layer",
     "LayoutError",
     "Leaves",
     "ModelConfig",
@@ -21,7 +37,11 @@ __all__ = [
     "PlanError",
     "PortaxError",
     "Problem",
+    "Qwen2Converter",
     "Qwen3Converter",
+    "Qwen3NextConverter",
+    "Qwen3_5Converter",
+    "ScanForm",
     "blocks",
     "converter_for",
     "kernels",

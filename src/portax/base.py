@@ -1,17 +1,16 @@
 """`BaseConverter`: the pipeline from a trainer's parameters to an engine's weights, and the hooks of a model family."""
 
-import abc
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Shaped
 
-from portax import blocks, execute, trainer_state
+from portax import execute, layers, trainer_state
 from portax.config import ModelConfig
+from portax.decoder import PlainDecoder
 from portax.errors import ConfigError, LayoutError
 from portax.layouts import Layout, TpuInference
 from portax.leaves import Leaves
@@ -19,29 +18,23 @@ from portax.plan import Plan
 from portax.planning import make_plan
 from portax.tracing import hold
 
-Blocks: TypeAlias = tuple[blocks.Block, ...]
 Weights: TypeAlias = dict[str, Shaped[Array, "..."]]
 
 
-class BaseConverter(abc.ABC):
+class BaseConverter(PlainDecoder):
     """Turns the parameters of one model family into what an engine holds.
 
     `convert` is the pipeline: the global weights, then for every layer its attention, its norms, and its MLP or MoE.
     A family overrides the hooks that say what each weight *is*; each sees one layer, unscanned, and returns blocks. How
-    an engine holds a block is the layout's business, and where scanned layers are is `trainer_state`'s.
+    an engine holds a block is the layout's business, and where scanned layers are is that of `layers`.
 
     Attributes:
-        decoder_blocks: MaxText's `decoder_block` values that this class converts.
-        default_wrapper: What the engine's usual model class wraps its language model in.
         config: The model's configuration.
         layout: How the engine holds weights.
         mesh: Where results go; None leaves them where they were computed.
         wrapper: What this engine's model class wraps its language model in, e.g. `language_model.`.
         strict_dtype: Whether a cast that loses precision is an error.
     """
-
-    decoder_blocks: ClassVar[tuple[str, ...]] = ()
-    default_wrapper: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -73,67 +66,8 @@ class BaseConverter(abc.ABC):
         self.strict_dtype = strict_dtype
         self._plans: dict[Any, Plan] = {}
         self._executor = execute.Executor(self, mesh)
-        if self.config.decoder_block not in self.decoder_blocks:
-            raise ConfigError(
-                f"decoder_block={self.config.decoder_block!r} is not for {type(self).__name__}, "
-                f"which converts {', '.join(self.decoder_blocks)}"
-            )
+        self._check_config()
         _check_mesh(mesh, self.layout)
-
-    def global_weights(self, model: Leaves) -> Blocks:
-        """Embedding, final norm and output projection."""
-        table = model.read("token_embedder/embedding", "vocab_size emb_dim")
-        if self.config.logits_via_embedding:
-            head: blocks.Block = blocks.TiedLMHead(table, to="embed_tokens", shared_module=True)
-        else:
-            head = blocks.LMHead(model.read("decoder/logits_dense/kernel", "emb_dim vocab_size"))
-        norm = model.read("decoder/decoder_norm/scale", "emb_dim")
-        return blocks.Embedding("embed_tokens", table), blocks.Param("norm.weight", norm), head
-
-    @abc.abstractmethod
-    def attention(self, layer: Leaves) -> Blocks:
-        """Projections of one attention layer and the norms within it."""
-
-    @abc.abstractmethod
-    def norms(self, layer: Leaves) -> Blocks:
-        """Norms around attention and MLP."""
-
-    def mlp(self, layer: Leaves) -> Blocks:
-        """A gated MLP."""
-        if "mlp/wi/kernel" in layer:
-            gate, up = _halves(layer.read("mlp/wi/kernel", "emb_dim 2 mlp_dim"), axis=1)
-        else:
-            gate = layer.read("mlp/wi_0/kernel", "emb_dim mlp_dim")
-            up = layer.read("mlp/wi_1/kernel", "emb_dim mlp_dim")
-        return (
-            blocks.MergedLinear("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), ((gate,), (up,))),
-            blocks.Linear("mlp.down_proj", layer.read("mlp/wo/kernel", "mlp_dim emb_dim"), "row"),
-        )
-
-    def moe(self, layer: Leaves) -> Blocks:
-        """Router and experts of a mixture-of-experts layer."""
-        raise NotImplementedError(f"{type(self).__name__} says nothing of mixture-of-experts layers")
-
-    def layer_blocks(self, layer: Leaves) -> Blocks:
-        """All of one layer."""
-        feed_forward = self.moe(layer) if self.config.num_experts > 1 else self.mlp(layer)
-        return self.attention(layer) + self.norms(layer) + feed_forward
-
-    def experts(self, layer: Leaves, path: str, name: str, *, hub: Literal["each", "stacked"]) -> blocks.FusedMoE:
-        """The routed experts below `path`, gate and up apart or pre-fused.
-
-        Args:
-            layer: The layer.
-            path: Where the trainer has them, e.g. `moe_block`.
-            name: Module name on the hub, e.g. `mlp.experts`.
-            hub: How the hub stores them; see `blocks.FusedMoE`.
-        """
-        if f"{path}/wi" in layer:
-            gate, up = jnp.split(layer.read(f"{path}/wi", "num_experts emb_dim 2*moe_mlp_dim"), 2, axis=2)
-        else:
-            gate = layer.read(f"{path}/wi_0", "num_experts emb_dim moe_mlp_dim")
-            up = layer.read(f"{path}/wi_1", "num_experts emb_dim moe_mlp_dim")
-        return blocks.FusedMoE(name, gate, up, layer.read(f"{path}/wo", "num_experts moe_mlp_dim emb_dim"), hub)
 
     def plan(self, params: Any, target: Mapping[str, Any] | None = None, *, strict_dtype: bool | None = None) -> Plan:
         """What `convert` would write from what; no weight is touched, no memory spent.
@@ -199,11 +133,28 @@ class BaseConverter(abc.ABC):
             Shapes by path.
         """
         depth = self.config.num_decoder_layers
-        model, layer = Leaves({}, self.config), Leaves({}, self.config, scan=(depth,) if scanned else ())
-        jax.eval_shape(lambda: (hold(self, model, is_global=True), hold(self, layer, is_global=False)))
-        containers = ["decoder/layers"] if scanned else [f"decoder/layers_{i}" for i in range(depth)]
-        shapes = model.expected | {f"{at}/{path}": shape for at in containers for path, shape in layer.expected.items()}
+        traits = self.layer_traits((), depth)
+        stacks = layers.unscanned(depth)
+        if scanned and self.scan_form is not None:
+            stacks = self.scan_form.stacks(depth, len(self.layer_cycle(())))
+        shapes = self._expected(Leaves({}, self.config), is_global=True)
+        for container, scan, first in stacks:
+            layer = Leaves({}, self.config, traits=traits[first], scan=scan)
+            shapes |= {f"{container}/{path}": shape for path, shape in self._expected(layer).items()}
         return {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
+
+    def _expected(self, leaves: Leaves, is_global: bool = False) -> dict[str, tuple[int, ...]]:
+        jax.eval_shape(lambda: hold(self, leaves, is_global=is_global))
+        return leaves.expected
+
+    def _check_config(self) -> None:
+        if self.config.decoder_block not in self.decoder_blocks:
+            raise ConfigError(
+                f"decoder_block={self.config.decoder_block!r} is not for {type(self).__name__}, "
+                f"which converts {', '.join(self.decoder_blocks)}"
+            )
+        if missing := [name for name in self.required if not getattr(self.config, name)]:
+            raise ConfigError(f"decoder_block={self.config.decoder_block!r} needs {', '.join(missing)}")
 
     def _buckets(self, params: Any, bucket_bytes: int | None, strict_dtype: bool | None) -> Iterator[Weights]:
         state = trainer_state.read(params)
@@ -212,13 +163,18 @@ class BaseConverter(abc.ABC):
         execute.check_arrays(state)
         return self._executor.run(plan, sections, bucket_bytes)
 
-    def _sections(self, state: trainer_state.TrainerState) -> tuple[trainer_state.Section, ...]:
-        return trainer_state.sections(state, self.config.param_scan_axis)
+    def _sections(self, state: trainer_state.TrainerState) -> tuple[layers.Section, ...]:
+        return layers.sections(state, self.config.param_scan_axis, self._traits)
+
+    def _traits(self, found: Sequence[layers.Layer]) -> list[layers.Traits]:
+        numbers = [layer.index or 0 for layer in found]
+        known = self.layer_traits(found, max(numbers, default=-1) + 1)
+        return [known[number] for number in numbers]
 
     def _plan(
         self,
         state: trainer_state.TrainerState,
-        sections: tuple[trainer_state.Section, ...],
+        sections: tuple[layers.Section, ...],
         target: Mapping[str, Any] | None,
         strict_dtype: bool | None,
     ) -> Plan:
@@ -231,10 +187,6 @@ class BaseConverter(abc.ABC):
             plan = make_plan(self, self.wrapper, state, sections, target=None, strict_dtype=strict)
             self._plans = {signature: plan}
         return self._plans[signature]
-
-
-def _halves(fused: Shaped[Array, "..."], *, axis: int) -> list[Shaped[Array, "..."]]:
-    return [jnp.squeeze(half, axis) for half in jnp.split(fused, 2, axis)]
 
 
 def _rollout_layout(config: ModelConfig) -> Layout:

@@ -58,6 +58,55 @@ class MergedLinear:
 
 
 @_block
+class BareLinear:
+    """A matrix product outside the engine's parallel layers, such as a router: held as the hub does, replicated.
+
+    Attributes:
+        name: Module name, e.g. `router.proj`.
+        kernel: Any float dtype.
+    """
+
+    name: str = _static()
+    kernel: Shaped[Array, "in out"]
+
+
+@_block
+class GroupedLinear:
+    """Column-parallel products of one input that the trainer keeps as one matrix, side by side within each group.
+
+    ```
+    2 groups, widths of a and b:   [a0 b0 | a1 b1]   of which an engine makes   a = [a0 a1], b = [b0 b1]
+    ```
+
+    Attributes:
+        name: Module name of the merged matrix, e.g. `linear_attn.in_proj_qkvz`.
+        kernel: The groups one after the other.
+        groups: How many there are, e.g. the key heads of a gated delta net.
+        widths: Width, within one group, of each product.
+        hub: Module name on the hub, and how many of the products it concatenates, in order.
+    """
+
+    name: str = _static()
+    kernel: Shaped[Array, "in _"]
+    groups: int = _static()
+    widths: tuple[int, ...] = _static()
+    hub: tuple[tuple[str, int], ...] = _static()
+
+
+@_block
+class DepthwiseConv:
+    """A causal convolution of each channel by itself, replicated.
+
+    Attributes:
+        name: Module name, e.g. `linear_attn.conv1d`.
+        kernel: Any float dtype.
+    """
+
+    name: str = _static()
+    kernel: Shaped[Array, "taps 1 channels"]
+
+
+@_block
 class QKV:
     """The three attention projections of one layer.
 
@@ -66,12 +115,14 @@ class QKV:
         query: Per-head kernels; `dim` may be a multiple of head_dim where a gate rides along.
         key: One kernel per KV head.
         value: As `key`; None where the layer uses its keys as values.
+        bias: What is added to queries, keys and values: `[heads, dim]` each.
     """
 
     name: str = _static()
     query: Shaped[Array, "in heads query_dim"]
     key: Shaped[Array, "in kv_heads dim"]
     value: Shaped[Array, "in kv_heads dim"] | None
+    bias: tuple[Shaped[Array, "_ _"], ...] = ()
 
 
 @_block
@@ -143,4 +194,16 @@ class Param:
     float32: bool = _static(default=False)
 
 
-Block: TypeAlias = Linear | MergedLinear | QKV | FusedMoE | Embedding | LMHead | TiedLMHead | Param
+Block: TypeAlias = (
+    Linear
+    | MergedLinear
+    | GroupedLinear
+    | BareLinear
+    | DepthwiseConv
+    | QKV
+    | FusedMoE
+    | Embedding
+    | LMHead
+    | TiedLMHead
+    | Param
+)

@@ -1,4 +1,4 @@
-"""The `portax` command: plan, convert, verify, demo.
+"""The `portax` command: models, plan, convert, verify, demo.
 
 Exit codes: 0 done and exact; 1 a leaf differs, or the plan has problems; 2 the command, a file, the configuration or
 the layout is not usable.
@@ -26,8 +26,8 @@ from portax import demo, files, layouts, report
 from portax.config import ModelConfig
 from portax.errors import ConfigError, PlanError, PortaxError
 from portax.golden import Comparison, Golden, compare
-from portax.models import converter_for
-from portax.resources import config_path
+from portax.models import converter_for, families
+from portax.resources import config_path, configs
 
 _LAYOUTS = {"tpu-inference": layouts.TpuInference, "canonical": layouts.Canonical, "huggingface": layouts.HuggingFace}
 
@@ -62,6 +62,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
         return sub
 
+    command("models", _models, "List the model families, and the sizes whose configurations are shipped.")
     plan = command("plan", _plan, "Show what would be written from what; touches no weight.")
     _add_model(plan, tree_required=False)
     _add_layout(plan)
@@ -73,7 +74,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_model(verify, tree_required=True)
     verify.add_argument("--golden", required=True, metavar="FILE", help="digests of an engine's state, or hf.json")
     show = command("demo", _demo, "Convert shipped MaxText trees and check every leaf against the real engine's.")
-    show.add_argument("--model", action="append", default=[], metavar="NAME", help="only this model; may be repeated")
+    which = show.add_mutually_exclusive_group()
+    which.add_argument("--model", action="append", default=[], metavar="NAME", help="only this model; may be repeated")
+    which.add_argument("--all", action="store_true", help="every shipped tree; takes minutes")
     return parser.parse_args(argv[1:])
 
 
@@ -116,6 +119,15 @@ def _inputs(args: argparse.Namespace) -> tuple[dict[str, Any] | None, ModelConfi
     if config is None:
         raise ConfigError("no configuration: pass --model or --config; this tree does not carry one")
     return params, ModelConfig.of(config)
+
+
+def _models(args: argparse.Namespace) -> int:
+    rows = report.families(families(), {path.stem: ModelConfig.of(path) for path in configs()})
+    if args.json:
+        _print(json.dumps(rows, indent=1))
+    else:
+        _show(report.families_table(rows))
+    return 0
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -166,7 +178,7 @@ def _demo(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     runs: list[demo.Run] = []
     with Console(stderr=True).status("planning, compiling and converting the first model ...") as status:
-        for run in demo.runs(args.model):
+        for run in demo.runs(demo.all_models() if args.all else args.model):
             runs.append(run)
             status.update(f"{run.model}, tp={run.tp}: {_tally(run.rows)}")
     seconds = time.perf_counter() - start

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from portax import hub_config
 from portax.errors import ConfigError
 
 _ABSENT = object()
@@ -19,7 +20,7 @@ class ModelConfig:
     """The sizes and switches of one model, under MaxText's names (without the `base_` prefix).
 
     Attributes:
-        decoder_block: MaxText's name of the decoder, e.g. `qwen3` or `qwen3_moe`.
+        decoder_block: MaxText's name of the decoder, e.g. `qwen3_moe` or `gemma4`.
         num_decoder_layers: Layers.
         emb_dim: Width of the residual stream.
         num_query_heads: Query heads per layer.
@@ -29,7 +30,25 @@ class ModelConfig:
         mlp_dim: Width of the dense MLP.
         num_experts: Routed experts per layer; 1 means a dense MLP.
         moe_mlp_dim: Width of one routed expert.
+        shared_experts: Experts that every token goes through, beside the routed ones.
         logits_via_embedding: Whether the output projection is the embedding table (tied embeddings).
+        attention_bias: Whether the query, key and value projections have biases.
+        rope_type: `llama3.1` where a head's rotary pairs are interleaved.
+        inhomogeneous_layer_cycle_interval: Layers after which the kinds of layer repeat; 1 where the config does not
+            tell, as MaxText's Gemma configs do not.
+        global_head_dim: Width of one head in global-attention layers; 0 if it is `head_dim`.
+        global_num_kv_heads: KV heads of global-attention layers; 0 if they are `num_kv_heads`.
+        share_kv_projections: Whether global-attention layers use their keys as values.
+        num_kv_shared_layers: How many of the last layers use the keys and values of earlier ones.
+        use_double_wide_mlp: Whether the layers without keys and values of their own have an MLP of twice the width.
+        hidden_size_per_layer_input: Width of the per-layer embeddings; 0 without them.
+        vocab_size_per_layer_input: Rows of the per-layer embeddings.
+        gdn_num_key_heads: Key heads of a gated delta net.
+        gdn_num_value_heads: Value heads of a gated delta net; a multiple of the key heads.
+        gdn_key_head_dim: Width of one of its key heads.
+        gdn_value_head_dim: Width of one of its value heads.
+        gdn_conv_kernel_dim: Taps of its convolution.
+        use_multimodal: Whether the trainer has encoders of other modalities, which are not converted.
         param_scan_axis: Axis on which MaxText stacks scanned layers.
         rollout_tensor_parallelism: Tensor parallelism of the rollout engine, where the trainer's config states it.
     """
@@ -44,7 +63,24 @@ class ModelConfig:
     mlp_dim: int = 0
     num_experts: int = 1
     moe_mlp_dim: int = 0
+    shared_experts: int = 0
     logits_via_embedding: bool = False
+    attention_bias: bool = False
+    rope_type: str = "default"
+    inhomogeneous_layer_cycle_interval: int = 1
+    global_head_dim: int = 0
+    global_num_kv_heads: int = 0
+    share_kv_projections: bool = False
+    num_kv_shared_layers: int = 0
+    use_double_wide_mlp: bool = False
+    hidden_size_per_layer_input: int = 0
+    vocab_size_per_layer_input: int = 0
+    gdn_num_key_heads: int = 0
+    gdn_num_value_heads: int = 0
+    gdn_key_head_dim: int = 0
+    gdn_value_head_dim: int = 0
+    gdn_conv_kernel_dim: int = 0
+    use_multimodal: bool = False
     param_scan_axis: int = 1
     rollout_tensor_parallelism: int | None = None
 
@@ -72,35 +108,41 @@ class ModelConfig:
             source = _load(pathlib.Path(source))
         if isinstance(source, Mapping):
             if "model_type" in source:
-                return cls._build(_from_hub(source))
-            return cls._build(_from_maxtext(lambda name: source.get(name, _ABSENT)))
-        return cls._build(_from_maxtext(lambda name: _attribute(source, name)))
+                return cls._build(*hub_config.fields(source))
+            return cls._build(*_from_maxtext(lambda name: source.get(name, _ABSENT)))
+        return cls._build(*_from_maxtext(lambda name: _attribute(source, name)))
 
     @classmethod
-    def _build(cls, found: "_Found") -> "ModelConfig":
-        if problems := [*found.problems, *_violations(found.values)]:
+    def _build(cls, values: dict[str, Any], problems: list[str]) -> "ModelConfig":
+        if problems := [*problems, *_violations(values)]:
             raise ConfigError(_message(problems))
-        return cls(**found.values)
+        return cls(**values)
 
     def size(self, axis: str) -> int:
-        """The size of one axis of a weight: a field's name, a number, or a product of them (`2*head_dim`)."""
-        return math.prod(int(f) if f.isdecimal() else getattr(self, f) for f in axis.split("*"))
+        """The size of one axis of a weight: fields, numbers, their products and sums (`2*head_dim`)."""
+        return sum(self._product(term) for term in axis.split("+"))
 
+    def _product(self, term: str) -> int:
+        return math.prod(int(f) if f.isdecimal() else getattr(self, f) for f in term.split("*"))
 
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    values: dict[str, Any]
-    problems: list[str]
+    @property
+    def gdn_key_dim(self) -> int:
+        """Width of all key heads of a gated delta net."""
+        return self.gdn_num_key_heads * self.gdn_key_head_dim
+
+    @property
+    def gdn_value_dim(self) -> int:
+        """Width of all value heads of a gated delta net."""
+        return self.gdn_num_value_heads * self.gdn_value_head_dim
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
 _REQUIRED = tuple(name for name, field in _FIELDS.items() if field.default is dataclasses.MISSING)
 _BASED = ("num_decoder_layers", "emb_dim", "num_query_heads", "num_kv_heads", "mlp_dim", "moe_mlp_dim")  # base_* keys
 _UNSET = (None, -1)  # how MaxText spells "not set"
-_MAY_BE_UNSET = ("num_experts", "moe_mlp_dim", "rollout_tensor_parallelism")
 
 
-def _from_maxtext(get: Callable[[str], Any]) -> _Found:
+def _from_maxtext(get: Callable[[str], Any]) -> tuple[dict[str, Any], list[str]]:
     values: dict[str, Any] = {}
     problems: list[str] = []
     scaled = get("global_parameter_scale") not in (_ABSENT, None, 1)
@@ -111,38 +153,12 @@ def _from_maxtext(get: Callable[[str], Any]) -> _Found:
         if not scaled and _ABSENT not in (value, base) and value != base:
             problems.append(f"{name}: {value!r} contradicts base_{name}: {base!r}")
         value = base if value is _ABSENT else value
-        if value is _ABSENT or (name in _MAY_BE_UNSET and value in _UNSET):
+        if value is _ABSENT or (name not in _REQUIRED and value in _UNSET):
             if name in _REQUIRED:
                 problems.append(f"{name}: missing (MaxText's key is {'base_' * (name in _BASED)}{name})")
             continue
         values[name] = value.value if isinstance(value, enum.Enum) else value
-    return _Found(values, problems)
-
-
-_HUB_KEYS = {
-    "num_decoder_layers": "num_hidden_layers",
-    "emb_dim": "hidden_size",
-    "num_query_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "mlp_dim": "intermediate_size",
-    "vocab_size": "vocab_size",
-}
-_HUB_MOE_KEYS = {"num_experts": "num_experts", "moe_mlp_dim": "moe_intermediate_size"}
-_HUB_MODELS = {"qwen3": ("qwen3", _HUB_KEYS), "qwen3_moe": ("qwen3_moe", _HUB_KEYS | _HUB_MOE_KEYS)}
-
-
-def _from_hub(source: Mapping[str, Any]) -> _Found:
-    if source["model_type"] not in _HUB_MODELS:
-        known = ", ".join(sorted(_HUB_MODELS))
-        raise ConfigError(_message([f"model_type: {source['model_type']!r} is not known; known: {known}"]))
-    decoder_block, keys = _HUB_MODELS[source["model_type"]]
-    problems = [f"{key}: missing from the hub config" for key in keys.values() if key not in source]
-    if source.get("mlp_only_layers") or source.get("decoder_sparse_step", 1) != 1:
-        problems.append("mlp_only_layers, decoder_sparse_step: MaxText has no model that mixes dense and MoE layers so")
-    values = {name: source[key] for name, key in keys.items() if key in source}
-    values |= {"decoder_block": decoder_block, "logits_via_embedding": source.get("tie_word_embeddings", False)}
-    return _Found(values, problems)
+    return values, problems
 
 
 def _violations(values: Mapping[str, Any]) -> list[str]:
@@ -153,7 +169,7 @@ def _violations(values: Mapping[str, Any]) -> list[str]:
             if not isinstance(value, kind):
                 problems.append(f"{name}: {value!r} is not a {kind.__name__}")
         elif (name, value) != ("rollout_tensor_parallelism", None):
-            least = 0 if name in ("mlp_dim", "moe_mlp_dim", "param_scan_axis") else 1
+            least = 0 if name == "param_scan_axis" or _FIELDS[name].default == 0 else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 problems.append(f"{name}: {value!r} is not an integer of at least {least}")
     if problems:
@@ -162,6 +178,11 @@ def _violations(values: Mapping[str, Any]) -> list[str]:
     width = "moe_mlp_dim" if experts > 1 else "mlp_dim"
     if not values.get(width):
         problems.append(f"{width}: missing, with num_experts={experts} (MaxText's key is base_{width})")
+    if values.get("use_multimodal"):
+        problems.append("use_multimodal: the weights of other modalities are not converted; export the decoder alone")
+    keys, heads = values.get("gdn_num_key_heads"), values.get("gdn_num_value_heads")
+    if keys and heads and heads % keys:
+        problems.append(f"gdn_num_value_heads: {heads} is no multiple of gdn_num_key_heads: {keys}")
     if values.get("param_scan_axis", 1) not in (0, 1):
         problems.append(f"param_scan_axis: {values['param_scan_axis']} is neither 0 nor 1")
     return problems

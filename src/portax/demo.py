@@ -18,6 +18,7 @@ _ENGINE = "tpu-inference-0.32.0"
 
 
 TENSOR_PARALLEL = (1, 2, 4, 8)
+_USUAL = ("qwen3-0.6b", "qwen3-8b", "qwen3-30b-a3b", "gemma4-26b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,20 +45,25 @@ class Run:
         return not any(row.difference for row in self.rows)
 
 
+def all_models() -> list[str]:
+    """MaxText's names of all shipped trees."""
+    return sorted(demo_goldens())
+
+
 def runs(models: list[str]) -> Iterator[Run]:
     """Converts each model for tp 1, 2, 4 and 8 on eight devices.
 
     Args:
-        models: MaxText's names of shipped trees; none for all of them.
+        models: MaxText's names of shipped trees; none for those of a usual run.
 
     Raises:
         ConfigError: A model is not shipped.
     """
     known = demo_goldens()
     if unknown := [model for model in models if model not in known]:
-        raise ConfigError(f"the demo has no tree of {', '.join(unknown)}; it has {', '.join(known)}")
+        raise ConfigError(f"the demo has no tree of {', '.join(unknown)}; it has {', '.join(all_models())}")
     devices = np.array(jax.devices()[:DEVICES])
-    for model in models or known:
+    for model in models or _USUAL:
         tree = Tree.load(known[model] / "source.json")
         params = {path: _fsdp(leaf, Mesh(devices, ("fsdp",))) for path, leaf in tree.fill().items()}
         for tp in TENSOR_PARALLEL:

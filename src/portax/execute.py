@@ -15,9 +15,10 @@ from jaxtyping import Array, Shaped
 
 from portax import kernels
 from portax.errors import PlanError, Problem
+from portax.layers import Kind, Layer, Section
 from portax.plan import PROGRAMS_IN_FLIGHT, Entry, Plan
 from portax.tracing import Hooks, hold, layer_leaves
-from portax.trainer_state import Kind, Layer, Section, TrainerState
+from portax.trainer_state import TrainerState
 
 
 def check_arrays(state: TrainerState) -> None:

@@ -5,6 +5,7 @@ move elements and never compute with them. Converters give them bfloat16 as raw 
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -97,16 +98,49 @@ def interleave(
     return jnp.concatenate(pieces, axis=-2).reshape(*batch, -1)
 
 
+@functools.partial(jax.jit, static_argnames=("groups", "widths"), inline=True)
+def ungroup(
+    kernel: Shaped[Array, "in all"], *, groups: int, widths: tuple[int, ...]
+) -> tuple[Shaped[Array, "in _"], ...]:
+    """Takes products apart that lie side by side within each group.
+
+    ```
+    2 groups, widths of a and b:   [a0 b0 | a1 b1]  ->  [a0 a1], [b0 b1]
+    ```
+
+    Args:
+        kernel: All groups.
+        groups: How many there are.
+        widths: Width of each product within one group.
+    """
+    rows = kernel.shape[0]
+    grouped = kernel.reshape(rows, groups, sum(widths))
+    ends = list(itertools.accumulate(widths))
+    return tuple(
+        grouped[:, :, end - width : end].reshape(rows, groups * width) for width, end in zip(widths, ends, strict=True)
+    )
+
+
+def reverse_axes(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """`x` with its axes in reverse order: what torch and JAX call a convolution's kernel."""
+    return x.T
+
+
+def deinterleave(x: Shaped[Array, "*batch dim"]) -> Shaped[Array, "*batch dim"]:
+    """Rotary pairs from `[a0 b0 a1 b1 ...]` to halves, `[a0 a1 ... b0 b1 ...]`."""
+    return jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
+
+
 @functools.partial(jax.jit, static_argnames=("shards", "replicate_kv"), inline=True)
 def pack_qkv(
-    query: Shaped[Array, "in heads query_dim"],
-    key: Shaped[Array, "in kv_heads dim"],
-    value: Shaped[Array, "in kv_heads dim"],
+    query: Shaped[Array, "*in heads query_dim"],
+    key: Shaped[Array, "*in kv_heads dim"],
+    value: Shaped[Array, "*in kv_heads dim"],
     *,
     shards: int,
     replicate_kv: bool,
-) -> Shaped[Array, "in out"]:
-    """Packs the attention projections into one `[in, out]` matrix.
+) -> Shaped[Array, "*in out"]:
+    """Packs the attention projections into one `[in, out]` matrix; of their biases, one vector.
 
     ```
     2 shards, 4 query heads, 2 KV heads:               [q0 q1 k0 v0 | q2 q3 k1 v1]
@@ -123,10 +157,9 @@ def pack_qkv(
 
     Source: tpu-inference 0.32, layers/vllm/custom_ops/linear.py (replication from 0.22 on).
     """
-    if replicate_kv and shards > key.shape[1]:
-        key, value = (jnp.repeat(x, shards // x.shape[1], axis=1) for x in (key, value))
-    rows = query.shape[0]
-    return interleave([x.reshape(rows, -1) for x in (query, key, value)], shards=shards)
+    if replicate_kv and shards > key.shape[-2]:
+        key, value = (jnp.repeat(x, shards // x.shape[-2], axis=-2) for x in (key, value))
+    return interleave([x.reshape(*x.shape[:-2], -1) for x in (query, key, value)], shards=shards)
 
 
 def fuse_w13(

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Int, Shaped
 
 from portax import kernels
+from portax.arithmetic import Affine
 from portax.config import ModelConfig
 from portax.errors import Problem
 
@@ -27,6 +28,7 @@ class Leaves:
         config: Where the sizes of the axes come from.
         problems: What has been found wrong so far; leaves are named relative to the layer.
         expected: Shape, in the trainer's form, of every leaf that has been asked for.
+        traits: What the config says of this layer and not of all the others, e.g. `{"global"}`.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Leaves:
         arrays: Mapping[str, Any],
         config: ModelConfig,
         *,
+        traits: frozenset[str] = frozenset(),
         scan: tuple[int, ...] = (),
         position: Int[Array | np.ndarray, " depth"] = NOWHERE,
         shardings: Mapping[str, NamedSharding] | None = None,
@@ -43,11 +46,13 @@ class Leaves:
         Args:
             arrays: The leaves, or the stacks that they are slices of, by path relative to the layer.
             config: The model's configuration.
+            traits: What is special about the layer.
             scan: Size of each scan axis of the stacks.
             position: Index on each scan axis; `[0]` without one.
             shardings: How the layer's own slice of each leaf is partitioned, where leaves are spread over devices.
         """
         self.config = config
+        self.traits = traits
         self.problems: list[Problem] = []
         self.expected: dict[str, tuple[int, ...]] = {}
         self._arrays = arrays
@@ -59,12 +64,13 @@ class Leaves:
         """Whether the tree has this leaf; what that decides, the config must permit."""
         return path in self._arrays
 
-    def read(self, path: str, axes: str) -> Shaped[Array, "..."]:
+    def read(self, path: str, axes: str, affine: Affine | None = None) -> Shaped[Array, "..."]:
         """One leaf of this layer, without its scan axes; bfloat16 comes `kernels.raw`, for moving, not for arithmetic.
 
         Args:
             path: Path relative to the layer, e.g. `self_attention/query/kernel`.
-            axes: Name or product of config fields for each axis, e.g. `emb_dim num_query_heads 2*head_dim`.
+            axes: What the config calls the size of each axis, e.g. `emb_dim num_query_heads 2*head_dim`.
+            affine: What makes the hub's values of the trainer's, where they differ.
         """
         names = axes.split()
         shape = tuple(self.config.size(name) for name in names)
@@ -83,7 +89,7 @@ class Leaves:
             own = kernels.unscan(own, self._position, axes=tuple(range(at, at + len(self._scan))))
         if path in self._shardings:  # else XLA may communicate before the cast to bits, and then does it in float32
             own = lax.with_sharding_constraint(own, self._shardings[path])
-        return kernels.seal(own, self.zero)
+        return kernels.seal(affine(own) if affine else own, self.zero)
 
     @property
     def zero(self) -> Bool[Array, ""]:

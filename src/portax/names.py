@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 _NUMBER = re.compile(r"\d+")
-_INDEX = re.compile(r"(?<=[./])\d+(?=[./])|(?<=/layers_)\d+(?=/)")  # of a layer or an expert
+_INDEX = re.compile(r"(?<=[./])\d+(?=[./])|(?<=/layers_)\d+(?=/)|(?<=/layer_)\d+(?=/)")  # of a layer or an expert
 
 
 def natural_order(name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -9,11 +9,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from portax.errors import PlanError, Problem
+from portax.layers import Section
 from portax.layouts import Layout, Tensor
 from portax.names import family, fold, numbers
 from portax.plan import PROGRAMS_IN_FLIGHT, Entry, Plan, spec_text
 from portax.tracing import Hooks, Trace, trace
-from portax.trainer_state import Section, TrainerState
+from portax.trainer_state import TrainerState
 
 
 def make_plan(

@@ -7,6 +7,8 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from portax.base import BaseConverter
+from portax.config import ModelConfig
 from portax.golden import Comparison
 from portax.names import family, fold
 from portax.plan import Entry, Plan, spec_text
@@ -47,6 +49,32 @@ def plan_table(plan: Plan) -> str:
     if plan.engine_owned:
         lines.append("engine-owned  " + ", ".join(fold(plan.engine_owned)))
     return render(table) + "\n".join(lines)
+
+
+def families(known: Mapping[str, type[BaseConverter]], shipped: Mapping[str, ModelConfig]) -> list[dict[str, str]]:
+    """What there is to say of each model family.
+
+    Args:
+        known: Converters by `decoder_block`.
+        shipped: Configurations by MaxText's name of the model.
+    """
+    return [
+        {
+            "decoder_block": block,
+            "converter": f"{family.__module__}.{family.__qualname__}",
+            "what": (family.__doc__ or "").splitlines()[0],
+            "configs": ", ".join(name for name, config in shipped.items() if config.decoder_block == block),
+        }
+        for block, family in known.items()
+    ]
+
+
+def families_table(rows: Sequence[Mapping[str, str]]) -> Table:
+    """The same as a table."""
+    table = _table(*rows[0])
+    for row in rows:
+        table.add_row(*row.values())
+    return table
 
 
 def comparison_table(runs: Mapping[str, Sequence[Comparison]], *, title: str) -> Table:

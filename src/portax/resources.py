@@ -17,17 +17,21 @@ def config_path(model: str) -> pathlib.Path:
     Raises:
         ConfigError: No configuration of that name is shipped; the message lists those that are.
     """
-    folder = _folder("configs", "configs")
-    known = {path.stem: path for path in sorted(folder.glob("*.yml"))}
+    known = {path.stem: path for path in configs()}
     if model not in known:
         raise ConfigError(f"no configuration is shipped for {model!r}; there are {', '.join(known)}")
     return known[model]
 
 
+def configs() -> list[pathlib.Path]:
+    """The shipped configurations."""
+    return sorted(_folder("configs", "configs").glob("*.yml"))
+
+
 def demo_goldens() -> dict[str, pathlib.Path]:
-    """The demo's models: folder with `source.json` and engine goldens, by MaxText's name."""
-    folder = _folder("goldens", "tests/golden")
-    return {path.name.removesuffix(".scan"): path for path in sorted(folder.glob("*.scan"))}
+    """The demo's models: folder with `source.json` and engine goldens, by MaxText's name; scanned, if it can be."""
+    trees = sorted(_folder("goldens", "tests/golden").iterdir(), reverse=True)
+    return {path.name.rpartition(".")[0]: path for path in sorted(trees, key=lambda path: path.suffix == ".scan")}
 
 
 def _folder(installed: str, checkout: str) -> pathlib.Path:

@@ -13,9 +13,9 @@ from jaxtyping import Array, Int, Shaped
 from portax.blocks import Block
 from portax.config import ModelConfig
 from portax.errors import LayoutError, Problem
+from portax.layers import Kind, Section
 from portax.layouts import Layout, Place, Tensor
 from portax.leaves import Leaves
-from portax.trainer_state import Kind, Section
 
 
 @runtime_checkable
@@ -90,7 +90,7 @@ def layer_leaves(
 ) -> Leaves:
     """One layer as its hooks see it, given its arrays and its place in their stack."""
     by_path = dict(zip(kind.paths, arrays, strict=True))
-    return Leaves(by_path, hooks.config, scan=kind.scan, position=position, shardings=shardings)
+    return Leaves(by_path, hooks.config, traits=kind.traits, scan=kind.scan, position=position, shardings=shardings)
 
 
 def trace(hooks: Hooks, section: Section) -> Trace:

@@ -1,8 +1,7 @@
-"""Reads what a trainer hands over, and shows every layer as if it were unscanned."""
+"""Reads what a trainer hands over: a flat mapping of parameters, whatever tree they came in."""
 
 import dataclasses
 import re
-import statistics
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +10,6 @@ import jax
 import numpy as np
 
 from portax.errors import PlanError, Problem
-from portax.names import fold, natural_order
 
 _ROOTS = ("base", "params")
 _ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
@@ -115,111 +113,3 @@ def _common_root(leaves: Mapping[str, Any]) -> str:
     while len(heads := {path.removeprefix(root).partition("/")[0] for path in leaves}) == 1 and heads <= {*_ROOTS}:
         root += f"{heads.pop()}/"
     return root
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """Where the weights of one layer, or of the model outside its layers, are.
-
-    Attributes:
-        index: Number of the layer in the model; None for the global weights.
-        container: Path of the layer or of its stack, e.g. `decoder/layers`; empty for the global weights.
-        leaves: Its arrays, or the stacks that it is a slice of, by path relative to the container.
-        scan: Size of each scan axis of `leaves`; empty for a layer with arrays of its own.
-        position: Index of this layer on each scan axis.
-    """
-
-    index: int | None
-    container: str
-    leaves: Mapping[str, Any]
-    scan: tuple[int, ...] = ()
-    position: tuple[int, ...] = ()
-
-    def path(self, leaf: str) -> str:
-        """Full path of one leaf, below the root."""
-        return f"{self.container}/{leaf}" if self.container else leaf
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """What one compiled program is made for; the shapes and dtypes of the arrays come on top.
-
-    Attributes:
-        is_global: Whether this is the model outside its layers.
-        paths: The leaves' paths, relative to the layer.
-        scan: Size of each scan axis of the leaves.
-    """
-
-    is_global: bool
-    paths: tuple[str, ...]
-    scan: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """Layers of one kind, whose leaves have the same shapes and dtypes.
-
-    Attributes:
-        kind: What they have in common.
-        layers: The layers, in order.
-    """
-
-    kind: Kind
-    layers: tuple[Layer, ...]
-
-    def arrays(self, layer: Layer) -> tuple[Any, ...]:
-        """The leaves of one of the layers, in the order of the kind's paths."""
-        return tuple(layer.leaves[path] for path in self.kind.paths)
-
-    def names(self, path: str) -> str:
-        """Path of one leaf in all the layers, folded: `decoder/layers_{0...3}/mlp/wo/kernel`."""
-        return fold(sorted({layer.path(path) for layer in self.layers}, key=natural_order))[0]
-
-
-# Where MaxText keeps layers, and how many scan axes the leaves there have.
-_CONTAINERS = (
-    (re.compile(r"(?P<container>decoder/layers_(?P<index>\d+))/(?P<leaf>.+)"), 0),
-    (re.compile(r"(?P<container>decoder/layers)/(?P<leaf>.+)"), 1),
-)
-
-
-def sections(state: TrainerState, scan_axis: int) -> tuple[Section, ...]:
-    """Groups a state into the global weights and the layers of each kind.
-
-    Layers are told apart by their leaves, never by their names or numbers: how many programs a model needs does not
-    depend on its depth.
-
-    Args:
-        state: The flat state.
-        scan_axis: First scan axis of stacked leaves (MaxText's `param_scan_axis`).
-    """
-    kinds: dict[Any, list[Layer]] = {}
-    for layer in _layers(state, scan_axis):
-        kind = Kind(layer.index is None, tuple(sorted(layer.leaves)), layer.scan)
-        types = tuple((layer.leaves[path].shape, np.dtype(layer.leaves[path].dtype)) for path in kind.paths)
-        kinds.setdefault((kind, types), []).append(layer)
-    return tuple(Section(kind, tuple(layers)) for (kind, _), layers in kinds.items())
-
-
-def _layers(state: TrainerState, scan_axis: int) -> list[Layer]:
-    global_leaves: dict[str, Any] = {}
-    unscanned: dict[tuple[int, str], dict[str, Any]] = {}
-    stacks: dict[str, dict[str, Any]] = {}
-    for path, leaf in state.leaves.items():
-        match, depth = next(((m, d) for pattern, d in _CONTAINERS if (m := pattern.fullmatch(path))), (None, 0))
-        if match is None:
-            global_leaves[path] = leaf
-        elif depth:
-            stacks.setdefault(match["container"], {})[match["leaf"]] = leaf
-        else:
-            unscanned.setdefault((int(match["index"]), match["container"]), {})[match["leaf"]] = leaf
-    layers = [Layer(index, container, leaves) for (index, container), leaves in unscanned.items()]
-    for container, leaves in stacks.items():
-        layers += _unstack(container, leaves, scan_axis)
-    return [Layer(None, "", global_leaves), *sorted(layers, key=lambda layer: layer.index or 0)]
-
-
-def _unstack(container: str, leaves: dict[str, Any], scan_axis: int) -> list[Layer]:
-    lengths = [leaf.shape[scan_axis] for leaf in leaves.values() if len(leaf.shape) > scan_axis]
-    length = statistics.mode(lengths) if lengths else 0
-    return [Layer(i, container, leaves, (length,), (i,)) for i in range(length)]

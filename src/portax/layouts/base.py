@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -95,6 +96,12 @@ class Layout(abc.ABC):
                 return self.linear(block)
             case blocks.MergedLinear():
                 return self.merged_linear(block)
+            case blocks.GroupedLinear():
+                return self.merged_linear(_ungrouped(block))
+            case blocks.BareLinear():
+                return (Tensor(f"{block.name}.weight", kernels.transpose(block.kernel)),)
+            case blocks.DepthwiseConv():
+                return (Tensor(f"{block.name}.weight", kernels.reverse_axes(block.kernel)),)
             case blocks.QKV():
                 return self.qkv(block)
             case blocks.FusedMoE():
@@ -142,6 +149,12 @@ def _stored(leaf: Shaped[Array, "..."], dtype: jnp.dtype) -> Shaped[Array, "..."
     if leaf.dtype == jnp.uint16 and dtype == jnp.bfloat16:
         return leaf
     return kernels.raw(kernels.cooked(leaf).astype(dtype))
+
+
+def _ungrouped(block: blocks.GroupedLinear) -> blocks.MergedLinear:
+    parts = iter(kernels.ungroup(block.kernel, groups=block.groups, widths=block.widths))
+    merged = tuple(tuple(itertools.islice(parts, count)) for _, count in block.hub)
+    return blocks.MergedLinear(block.name, tuple(name for name, _ in block.hub), merged)
 
 
 def in_decoder(tensor: Tensor, layer: int | str | None) -> str:

@@ -45,7 +45,10 @@ class Canonical(Layout):
         """`[q | k | v]` rows, heads in order."""
         value = block.key if block.value is None else block.value
         packed = kernels.pack_qkv(block.query, block.key, value, shards=1, replicate_kv=True)
-        return (Tensor(f"{block.name}.qkv_proj.weight", kernels.transpose(packed)),)
+        matrix = Tensor(f"{block.name}.qkv_proj.weight", kernels.transpose(packed))
+        if not block.bias:
+            return (matrix,)
+        return matrix, Tensor(f"{block.name}.qkv_proj.bias", jnp.concatenate([x.reshape(-1) for x in block.bias]))
 
     def fused_moe(self, block: blocks.FusedMoE) -> tuple[Tensor, ...]:
         """`w13 = [E, 2F, D]`, gate above up, and `w2 = [E, D, F]`."""

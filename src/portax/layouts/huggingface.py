@@ -43,10 +43,16 @@ class HuggingFace(Layout):
     def qkv(self, block: blocks.QKV) -> tuple[Tensor, ...]:
         """`q_proj`, `k_proj` and, unless the keys serve as values, `v_proj`."""
         projections = {"q_proj": block.query, "k_proj": block.key, "v_proj": block.value}
-        return tuple(
-            Tensor(f"{block.name}.{name}.weight", kernels.transpose(flat_columns(kernel)))
-            for name, kernel in projections.items()
-            if kernel is not None
+        return (
+            *(
+                Tensor(f"{block.name}.{name}.weight", kernels.transpose(flat_columns(kernel)))
+                for name, kernel in projections.items()
+                if kernel is not None
+            ),
+            *(
+                Tensor(f"{block.name}.{name}.bias", bias.reshape(-1))
+                for name, bias in zip(projections, block.bias, strict=False)
+            ),
         )
 
     def fused_moe(self, block: blocks.FusedMoE) -> tuple[Tensor, ...]:

@@ -43,7 +43,7 @@ _Experts: TypeAlias = tuple[Shaped[Array, "..."], Shaped[Array, "..."], _Cut, _C
 _ENGINE_OWNED = re.compile(
     r"\.attn\._[kqv]_scale$|\.attn\._prob_scale$|\.rotary_emb\.cos_sin_cache$|\.cos_sin_cache$|\.normalizer$"
     r"|\.root_size$|\.embed_scale_per_layer$|\.per_layer_input_scale$|\.per_layer_projection_scale$"
-    r"|\.(vision_tower|visual|embed_vision|audio_tower|embed_audio)\."
+    r"|\.(vision_tower|visual|multi_modal_projector|embed_vision|audio_tower|embed_audio)\."
 )
 
 
@@ -148,7 +148,11 @@ class TpuInference(Layout):
             self._must_divide(f"{block.name}: KV heads * head_dim =", kv_heads * dim)
         value = block.key if block.value is None else block.value
         packed = kernels.pack_qkv(block.query, block.key, value, shards=self.tp, replicate_kv=replicated)
-        return (self._matrix(f"{block.name}.qkv_proj", packed, (None, _AXIS)),)
+        matrix = self._matrix(f"{block.name}.qkv_proj", packed, (None, _AXIS))
+        if not block.bias:
+            return (matrix,)
+        bias = kernels.pack_qkv(*block.bias, shards=self.tp, replicate_kv=replicated)
+        return matrix, Tensor(f"{block.name}.qkv_proj.bias", bias, self._spec(_AXIS))
 
     def fused_moe(self, block: blocks.FusedMoE) -> tuple[Tensor, ...]:
         """w13 and w2 as the backend's kernel wants them."""

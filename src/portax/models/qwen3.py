@@ -1,7 +1,8 @@
 """Qwen3, dense and mixture-of-experts."""
 
 from portax import blocks
-from portax.base import BaseConverter, Blocks
+from portax.base import BaseConverter
+from portax.decoder import Blocks
 from portax.leaves import Leaves
 
 
@@ -12,27 +13,7 @@ class Qwen3Converter(BaseConverter):
 
     def attention(self, layer: Leaves) -> Blocks:
         """Grouped-query attention with per-head norms on queries and keys."""
-        at = "self_attention"
-        out = layer.read(f"{at}/out/kernel", "num_query_heads head_dim emb_dim")
-        return (
-            blocks.QKV(
-                "self_attn",
-                layer.read(f"{at}/query/kernel", "emb_dim num_query_heads head_dim"),
-                layer.read(f"{at}/key/kernel", "emb_dim num_kv_heads head_dim"),
-                layer.read(f"{at}/value/kernel", "emb_dim num_kv_heads head_dim"),
-            ),
-            blocks.Linear("self_attn.o_proj", out, "row"),
-            blocks.Param("self_attn.q_norm.weight", layer.read(f"{at}/query_norm/scale", "head_dim")),
-            blocks.Param("self_attn.k_norm.weight", layer.read(f"{at}/key_norm/scale", "head_dim")),
-        )
-
-    def norms(self, layer: Leaves) -> Blocks:
-        """One norm before attention, one before the MLP."""
-        before, after = "pre_self_attention_layer_norm", "post_self_attention_layer_norm"
-        return (
-            blocks.Param("input_layernorm.weight", layer.read(f"{before}/scale", "emb_dim")),
-            blocks.Param("post_attention_layernorm.weight", layer.read(f"{after}/scale", "emb_dim")),
-        )
+        return self.grouped_query_attention(layer, "self_attention", norms=True)
 
     def moe(self, layer: Leaves) -> Blocks:
         """A router and its experts; no shared expert."""
