@@ -1,9 +1,11 @@
-"""Warm conversion of a 2 GB Qwen3-MoE tree: portax, MaxText's converters and a plain copy, in one run.
+"""Warm conversion of a tree of over 2 GB: portax, MaxText's converters and a plain copy, in one run.
 
-    python benchmarks/convert.py        (about a quarter of an hour)
+    python benchmarks/convert.py --model qwen3-moe       (about a quarter of an hour)
+    python benchmarks/convert.py --model gemma4
 
-Every converter runs in processes of its own, in turn, MaxText's in an environment that is made on the first run (it
-needs a Python 3.12 and some 700 MB). The copy is `np.copyto` of as many bytes into touched memory, in the same process.
+Every converter runs in processes of its own, in turn, MaxText's in an environment that is made on the first run: for
+Qwen3 some 700 MB with a Python 3.12; for Gemma4, whose converter calls tpu-inference, 4 GB with `uv`. The copy is
+`np.copyto` of as many bytes into touched memory, in the same process.
 
 Each row is measured twice. "Kept" is with a malloc that keeps what is freed, as the allocators of accelerators do.
 "Fresh" is with memory handed back between calls: then the system's page faults, the same for every converter, take
@@ -22,27 +24,34 @@ import sys
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from trees import MODELS
 
 HERE = pathlib.Path(__file__).parent
 PEER = ["maxtext==0.2.5"]
 PEER_NEEDS = ["jax==0.11.1", "flax==0.12.9", "jaxtyping"]  # what its converters import
 KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.arena_max=1"
-ROWS = (
-    ("portax", 1, False),
-    ("maxtext", 1, False),
-    ("maxtext-table", 1, False),
-    ("portax", 8, False),
-    ("maxtext", 8, False),
-    ("maxtext-table", 8, False),
-    ("portax", 8, True),
-)
+ROWS = {  # converter, devices, whether results go onto the engine's mesh
+    "qwen3-moe": (
+        ("portax", 1, False),
+        ("maxtext", 1, False),
+        ("maxtext-table", 1, False),
+        ("portax", 8, False),
+        ("maxtext", 8, False),
+        ("maxtext-table", 8, False),
+        ("portax", 8, True),
+    ),
+    "gemma4": (("portax", 1, False), ("maxtext", 1, False), ("portax", 8, False), ("maxtext", 8, False)),
+}
 
 
-def peer_python(python: str) -> str:
+def peer_python(model: str, python: str) -> str:
     """The interpreter of MaxText's environment, which is made if it is not there."""
-    home = HERE / ".venv-maxtext"
+    home = HERE / (".venv-engine" if model == "gemma4" else ".venv-maxtext")
     inside = home / "bin" / "python"
-    if not inside.exists():
+    if model == "gemma4" and not inside.exists():
+        subprocess.run([HERE.parent / "oracle" / "install_engine.sh", home, "0.32.0"], check=True)
+        subprocess.run(["uv", "pip", "install", "-q", "--python", inside, "--no-deps", *PEER], check=True)  # noqa: S607
+    elif not inside.exists():
         subprocess.run([python, "-m", "venv", home], check=True)
         pip = [inside, "-m", "pip", "install", "-q"]
         subprocess.run([*pip, "--no-deps", *PEER], check=True)
@@ -50,9 +59,12 @@ def peer_python(python: str) -> str:
     return str(inside)
 
 
-def measure(python: str, converter: str, devices: int, engine_mesh: bool, repeat: int, *, keep: bool) -> dict:
+def measure(
+    python: str, model: str, converter: str, devices: int, engine_mesh: bool, repeat: int, *, keep: bool
+) -> dict:
     """Figures of one process."""
-    command = [python, "-W", "ignore", str(HERE / "measure.py"), converter, "--devices", str(devices)]
+    converter, devices, engine_mesh = row
+    command = [python, "-W", "ignore", str(HERE / "measure.py"), converter, "--model", model, "--devices", str(devices)]
     command += ["--repeat", str(repeat), *(["--engine-mesh"] if engine_mesh else [])]
     environment = {**os.environ, "GLIBC_TUNABLES": KEEP_MEMORY} if keep else None
     done = subprocess.run(
@@ -66,9 +78,9 @@ def median(result: dict, memory: str, what: str = "warm_s") -> float:
     return statistics.median(result[memory][what])
 
 
-def table(results: list[dict]) -> Table:
+def table(model: str, results: list[dict]) -> Table:
     """One row per converter and number of devices."""
-    shown = Table(box=box.SIMPLE_HEAD, title="Qwen3-MoE, 8 layers, 32 experts, D 1024, F 768, bfloat16, tp 4")
+    shown = Table(box=box.SIMPLE_HEAD, title=f"{MODELS[model].title}, bfloat16, tp 4")
     for column in ("devices", "converter", "results on", "first s", "compile s", "programs"):
         shown.add_column(column, justify="left" if column in ("converter", "results on") else "right")
     for memory in ("kept", "fresh"):
@@ -91,6 +103,7 @@ def table(results: list[dict]) -> Table:
 def main() -> None:
     """Runs everything and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=ROWS, default="qwen3-moe")
     parser.add_argument(
         "--python", default="python3.12", help="Python 3.12 or newer to make MaxText's environment with"
     )
@@ -100,16 +113,16 @@ def main() -> None:
     interpreters = {"portax": sys.executable}
     console = Console(width=210)
     results = []
-    for converter, devices, mesh in ROWS:
+    for converter, devices, mesh in ROWS[args.model]:
         if converter not in interpreters:
-            interpreters[converter] = peer_python(args.python)
+            interpreters[converter] = peer_python(args.model, args.python)
         with Console(stderr=True).status(f"{converter}, {devices} devices"):
             python = interpreters[converter]
-            kept = measure(python, converter, devices, mesh, args.repeat, keep=True)
-            fresh = measure(python, converter, devices, mesh, args.repeat, keep=False)
+            kept = measure(python, args.model, (converter, devices, mesh), args.repeat, keep=True)
+            fresh = measure(python, args.model, (converter, devices, mesh), args.repeat, keep=False)
         results.append({"converter": converter, "devices": devices, "mesh": mesh, "kept": kept, "fresh": fresh})
     console.print(f"{os.cpu_count()} cores of {platform.machine()}, {platform.platform()}; medians of {args.repeat}")
-    console.print(table(results))
+    console.print(table(args.model, results))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -1,8 +1,8 @@
-"""Times one converter on a made-up Qwen3-MoE tree in bfloat16 and prints one line of JSON; `convert.py` runs it.
+"""Times one converter on a made-up tree in bfloat16 and prints one line of JSON; `convert.py` runs it.
 
-It imports only what the converter it times needs, so that it runs in MaxText's environment as well as in portax's. The
-tree has MaxText's names and shapes and random values. Seconds are of whole calls, until every result is there; the peak
-is the highest resident size sampled during a warm call, less that before it, so it counts the results.
+It imports only what the converter it times needs, so that it runs in MaxText's environment as well as in portax's.
+Seconds are of whole calls, until every result is there; the peak is the highest resident size sampled during a warm
+call, less that before it, so it counts the results.
 
 Between calls freed memory goes back to the system, and results land in fresh pages; under a malloc that keeps memory
 (`convert.py` sets one up) they land in used ones, as they do on an accelerator.
@@ -21,90 +21,51 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
+from trees import MODELS, random_tree
 
-LAYERS, EXPERTS, EMBED, WIDTH, HEADS, KV_HEADS, HEAD_DIM, VOCAB, TP = 8, 32, 1024, 768, 16, 4, 128, 151936, 4
-SHAPES = {
-    "token_embedder/embedding": (VOCAB, EMBED),
-    "decoder/decoder_norm/scale": (EMBED,),
-    "decoder/logits_dense/kernel": (EMBED, VOCAB),
-    "decoder/layers/pre_self_attention_layer_norm/scale": (EMBED, LAYERS),
-    "decoder/layers/post_self_attention_layer_norm/scale": (EMBED, LAYERS),
-    "decoder/layers/self_attention/query/kernel": (EMBED, LAYERS, HEADS, HEAD_DIM),
-    "decoder/layers/self_attention/key/kernel": (EMBED, LAYERS, KV_HEADS, HEAD_DIM),
-    "decoder/layers/self_attention/value/kernel": (EMBED, LAYERS, KV_HEADS, HEAD_DIM),
-    "decoder/layers/self_attention/out/kernel": (HEADS, LAYERS, HEAD_DIM, EMBED),
-    "decoder/layers/self_attention/query_norm/scale": (HEAD_DIM, LAYERS),
-    "decoder/layers/self_attention/key_norm/scale": (HEAD_DIM, LAYERS),
-    "decoder/layers/moe_block/gate/kernel": (EMBED, LAYERS, EXPERTS),
-    "decoder/layers/moe_block/wi_0": (EXPERTS, LAYERS, EMBED, WIDTH),
-    "decoder/layers/moe_block/wi_1": (EXPERTS, LAYERS, EMBED, WIDTH),
-    "decoder/layers/moe_block/wo": (EXPERTS, LAYERS, WIDTH, EMBED),
-}
+TP = 4
 
 
-def random_tree():
-    """The trainer's parameters, every matrix cut over all devices on its embed axis, as an fsdp mesh does."""
-    mesh, values = Mesh(np.array(jax.devices()), ("fsdp",)), np.random.default_rng(0)
-    tree = {}
-    for path, shape in SHAPES.items():
-        bits = values.integers(0, 0x4000, shape, np.uint16)  # bfloat16 numbers of [0, 2)
-        cut = shape.index(EMBED) if len(shape) > 1 and EMBED in shape else None
-        spec = PartitionSpec(*("fsdp" if axis == cut else None for axis in range(len(shape))))
-        node = tree
-        for part in ("base", *path.split("/")[:-1]):
-            node = node.setdefault(part, {})
-        node[path.rpartition("/")[2]] = jax.device_put(bits.view(jnp.bfloat16), NamedSharding(mesh, spec))
-    return tree
-
-
-def portax_converter(params, mesh):
+def portax_converter(model, params, mesh):
     """portax; with a mesh, results are partitioned over it as the engine wants them."""
     import portax
 
-    config = {
-        "decoder_block": "qwen3_moe",
-        "num_decoder_layers": LAYERS,
-        "emb_dim": EMBED,
-        "num_query_heads": HEADS,
-        "num_kv_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "mlp_dim": WIDTH,
-        "moe_mlp_dim": WIDTH,
-        "num_experts": EXPERTS,
-        "vocab_size": VOCAB,
-    }
     layout = portax.layouts.TpuInference(version="0.32", tp=TP)
-    converter = portax.converter_for(config, layout=layout, mesh=mesh)
+    converter = portax.converter_for(model.config, layout=layout, mesh=mesh)
     return lambda: converter.convert(params)
 
 
-def maxtext_converter(params, mesh):
+def maxtext_converter(model, params, mesh):
     """MaxText's torchax converter class; made anew for each call, because it keeps its last results alive."""
     from flax import nnx
-    from maxtext.integration.vllm.torchax_converter.qwen3_moe import Qwen3MaxTextToVLLMConverter
 
+    if model.config["decoder_block"] == "gemma4":
+        from maxtext.integration.vllm.torchax_converter.gemma4_moe import Gemma4MaxTextToVLLMConverter as Converter
+    else:
+        from maxtext.integration.vllm.torchax_converter.qwen3_moe import Qwen3MaxTextToVLLMConverter as Converter
     state = nnx.State(jax.tree.map(nnx.Param, params))
+    based = {f"base_{name}": value for name, value in model.config.items()}
     config = argparse.Namespace(
-        base_num_decoder_layers=LAYERS, base_num_kv_heads=KV_HEADS, rollout_tensor_parallelism=TP
-    )
+        **based, **model.config, model_name="gemma4-26b", rollout_tensor_parallelism=TP
+    )  # by that name its Gemma4 converter knows a mixture of experts
 
     def convert():
         with contextlib.redirect_stdout(sys.stderr):  # it prints its progress
-            return Qwen3MaxTextToVLLMConverter(config, mesh).convert(state)
+            return Converter(config, mesh).convert(state)
 
     return convert
 
 
-def maxtext_table_converter(params, mesh):
+def maxtext_table_converter(model, params, mesh):
     """MaxText's rule-table converter."""
     from flax import nnx
     from maxtext.integration.vllm.weight_converter import MODEL_TO_CONVERSION_RULES, WeightConverter
 
     state = nnx.State(jax.tree.map(nnx.Param, params))
-    return lambda: WeightConverter(rules=MODEL_TO_CONVERSION_RULES["qwen3_moe"], tp=TP).convert(state)
+    rules = MODEL_TO_CONVERSION_RULES[model.config["decoder_block"]]
+    return lambda: WeightConverter(rules=rules, tp=TP).convert(state)
 
 
 CONVERTERS = {
@@ -147,6 +108,7 @@ def main():
     """Measures as told on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("converter", choices=CONVERTERS)
+    parser.add_argument("--model", choices=MODELS, default="qwen3-moe")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--engine-mesh", action="store_true", help="partition results as the engine does")
     parser.add_argument("--repeat", type=int, default=5)
@@ -157,10 +119,11 @@ def main():
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiled.append(seconds) if event.endswith("backend_compile_duration") else None
     )
-    params = random_tree()
+    model = MODELS[args.model]
+    params = random_tree(model)
     mesh = Mesh(np.array(jax.devices()).reshape(-1, TP), ("data", "model")) if args.engine_mesh else None
     compiled.clear()
-    convert = CONVERTERS[args.converter](params, mesh)
+    convert = CONVERTERS[args.converter](model, params, mesh)
     _, first, _ = timed(1, convert)
     programs, compile_seconds = len(compiled), sum(compiled)
     weights, warm, peaks = timed(args.repeat, convert)

@@ -37,7 +37,7 @@ def test_demo_for_machines():
 
 
 def test_demo_of_an_unknown_model():
-    assert "the demo has no tree of gpt-2; it has qwen3-0.6b" in portax("demo", "--model", "gpt-2", code=2)
+    assert "the demo has no tree of gpt-2; it has gemma3-4b, gemma4-26b," in portax("demo", "--model", "gpt-2", code=2)
 
 
 def test_verify_passes_and_fails_leaf_by_leaf(tmp_path):

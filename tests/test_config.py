@@ -6,13 +6,26 @@ import types
 
 import pytest
 import yaml
-from conftest import GOLDEN, tree
+from conftest import GOLDEN, TREES, tree
 
 import portax
 from portax import ModelConfig
-from portax.resources import config_path
+from portax.resources import config_path, configs
 
-MODELS = ["0.6b", "1.7b", "4b", "8b", "14b", "32b", "30b-a3b", "235b-a22b", "480b-a35b"]
+BILLIONS = {  # parameters, as the models' own names or cards give them
+    **{f"qwen3-{size}b": size for size in (0.6, 1.7, 4, 8, 14, 32)},
+    **{"qwen3-30b-a3b": 30, "qwen3-235b-a22b": 235, "qwen3-480b-a35b": 480, "qwen3-next-80b-a3b": 80},
+    **{"qwen3.5-35b-a3b": 35, "qwen3.5-397b-a17b": 397, "qwen2.5-1.5b": 1.5, "qwen2.5-7b": 7.6, "qwen2.5-14b": 14.7},
+    **{
+        "llama3.1-8b": 8,
+        "llama3.1-70b": 70,
+        "llama3.1-405b": 405,
+        "gemma3-4b": 3.9,
+        "gemma3-12b": 12,
+        "gemma3-27b": 27,
+    },
+    **{"gemma4-26b": 25.2, "gemma4-31b": 30.7, "gemma4-e2b": 5.1, "gemma4-e4b": 8},
+}
 CONFIG = tree("qwen3-30b-a3b.scan").config
 
 
@@ -29,33 +42,40 @@ class MaxTextLike:
         return enum.Enum("DecoderBlockType", {"X": value}).X if name == "decoder_block" else value
 
 
-@pytest.mark.parametrize("size", MODELS)
-def test_every_shipped_configuration_is_complete_and_plans(size):
-    config = ModelConfig.of(config_path(f"qwen3-{size}"))
-    assert (config.num_experts > 1) == (config.decoder_block == "qwen3_moe") == ("-a" in size)
-    assert config.logits_via_embedding == (size in ("0.6b", "1.7b", "4b"))
-    converter = portax.converter_for(config, layout=portax.layouts.Canonical(dtype="bfloat16"))
+@pytest.mark.parametrize("name", sorted(path.stem for path in configs()))
+def test_every_shipped_configuration_is_complete_and_plans(name):
+    converter = portax.converter_for(config_path(name), layout=portax.layouts.HuggingFace(dtype="bfloat16"))
     billions = converter.plan(converter.expected_tree()).bytes_out / 2e9
-    stated = float(size.split("-")[0].removesuffix("b"))
-    assert billions == pytest.approx(stated, rel=0.15)
+    assert billions == pytest.approx(BILLIONS[name], rel=0.12)
 
 
 def test_all_sources_of_one_model_agree():
-    hub = json.loads((GOLDEN / "qwen3-30b-a3b.scan/config.json").read_text())
     based = {key: value for key, value in CONFIG.items() if f"base_{key}" not in CONFIG}
-    forms = [CONFIG, based, types.SimpleNamespace(**CONFIG), MaxTextLike(CONFIG), hub, ModelConfig.of(CONFIG)]
+    forms = [CONFIG, based, types.SimpleNamespace(**CONFIG), MaxTextLike(CONFIG), ModelConfig.of(CONFIG)]
     assert {ModelConfig.of(form) for form in forms} == {ModelConfig.of(CONFIG)}
 
 
 def test_files_are_told_apart_by_their_ending(tmp_path):
     (tmp_path / "model.yml").write_text(yaml.safe_dump(dict(CONFIG)))
     hub = GOLDEN / "qwen3-30b-a3b.scan/config.json"
-    assert ModelConfig.of(tmp_path / "model.yml") == ModelConfig.of(str(hub)) == ModelConfig.of(CONFIG)
+    assert ModelConfig.of(tmp_path / "model.yml") == ModelConfig.of(CONFIG)
+    assert ModelConfig.of(hub) == ModelConfig.of(str(hub)) == ModelConfig.of(json.loads(hub.read_text()))
 
 
-@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b", "qwen3-30b-a3b"])
-def test_hub_and_trainer_configs_agree(name):
-    assert ModelConfig.of(GOLDEN / f"{name}.scan/config.json") == ModelConfig.of(tree(f"{name}.scan").config)
+@pytest.mark.parametrize("name", TREES)
+def test_hub_and_trainer_configs_imply_maxtexts_tree(name):
+    scanned = name.endswith(".scan")
+    shapes = {path.removeprefix("base/"): leaf for path, leaf in tree(name).shapes.items()}
+    for config in (GOLDEN / name / "config.json", tree(name).config):
+        converter = portax.converter_for(config, layout=portax.layouts.Canonical())
+        if scanned or tree(name).config["decoder_block"] != "gemma4_small":
+            assert converter.expected_tree(scanned=scanned) == shapes
+
+
+def test_gemma4_small_without_a_tree_goes_by_the_cycle_of_its_config():
+    hub = portax.converter_for(GOLDEN / "gemma4-e2b.unscan/config.json", layout=portax.layouts.Canonical())
+    shapes = {path.removeprefix("base/"): leaf for path, leaf in tree("gemma4-e2b.unscan").shapes.items()}
+    assert hub.expected_tree() == hub.expected_tree(scanned=False) == shapes
 
 
 def test_the_models_name_is_not_read():
@@ -124,7 +144,9 @@ def test_hub_models_that_mix_dense_and_moe_layers():
 
 
 def test_hub_models_of_unknown_families():
-    with pytest.raises(portax.ConfigError, match="model_type: 'bert' is not known; known: qwen3, qwen3_moe"):
+    with pytest.raises(
+        portax.ConfigError, match=r"model_type: 'bert' is not known; known: .*qwen3_5_moe_text, qwen3_moe"
+    ):
         ModelConfig.of({"model_type": "bert"})
 
 
@@ -150,5 +172,5 @@ def test_a_file_that_is_not_there(tmp_path):
 
 
 def test_a_model_that_is_not_shipped():
-    with pytest.raises(portax.ConfigError, match=r"no configuration is shipped for 'gpt-2'; there are qwen3-0.6b"):
+    with pytest.raises(portax.ConfigError, match=r"no configuration is shipped for 'gpt-2'; there are .*qwen3-0.6b"):
         config_path("gpt-2")

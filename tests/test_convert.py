@@ -1,6 +1,8 @@
 """How a conversion runs: compile counts, placement, transfers, memory, buckets."""
 
 import dataclasses
+import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -145,11 +147,21 @@ def test_results_share_no_buffer_with_the_source_or_each_other():
         assert len(buffers) == len(set(buffers))
 
 
+LAYOUTS = [
+    TP4,
+    TpuInference(version="0.20", tp=4),
+    TpuInference(version="0.32", tp=8),
+    FUSED,
+    HuggingFace(),
+    Canonical(),
+]
+OTHERS = ["gemma4-31b.scan", "qwen3.5-35b-a3b.scan", "qwen3-next-80b-a3b.scan", "qwen2.5-7b.scan"]
+
+
 @pytest.mark.parametrize("place", ["one device", "eight devices"])
-@pytest.mark.parametrize("name", [MOE, DENSE])
 @pytest.mark.parametrize(
-    "layout",
-    [TP4, TpuInference(version="0.20", tp=4), TpuInference(version="0.32", tp=8), FUSED, HuggingFace(), Canonical()],
+    ("layout", "name"),
+    [*itertools.product(LAYOUTS, [MOE, DENSE]), *((TP4, other) for other in OTHERS), (HuggingFace(), OTHERS[1])],
     ids=str,
 )
 def test_every_bit_pattern_arrives_where_its_element_goes(layout, name, place):
@@ -168,6 +180,8 @@ def test_every_bit_pattern_arrives_where_its_element_goes(layout, name, place):
     wide = portax.converter_for(tree(name).config, layout=dataclasses.replace(layout, dtype=jnp.float32)).convert
     came_from, weights = wide(numbers), convert(sharded(patterns, on))
     for leaf, index in came_from.items():
+        if leaf.endswith("A_log") or ("gemma" in name and re.search("embed_tokens|lm_head", leaf)):
+            continue  # float32 in any engine; scaled
         index = np.asarray(index).astype(np.int64)
         expected = np.where(index == 0, 0, (index - 1) % 2**16).astype(np.uint16)
         got = np.asarray(weights[leaf]).view(np.uint16)

@@ -79,7 +79,8 @@ class Leaves:
         leaf = self._arrays.get(path)
         labels = [f"{name}={size}" for name, size in zip(names, shape, strict=True)]
         labels[at:at] = [f"layers={size}" for size in self._scan]
-        if problem := _problem(path, leaf, expected, "[" + ", ".join(labels) + "]"):
+        kind = f" in a {', '.join(sorted(self.traits))} layer" if self.traits else ""
+        if problem := _problem(path, leaf, expected, f"[{', '.join(labels)}]{kind}"):
             self.problems.append(problem)
             dtype = leaf.dtype if leaf is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.float32
             return jnp.zeros(shape, dtype)
