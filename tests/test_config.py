@@ -1,5 +1,6 @@
 """`ModelConfig` from everything that describes a model, and what it says of things that do not."""
 
+import dataclasses
 import enum
 import json
 import types
@@ -66,7 +67,10 @@ def test_files_are_told_apart_by_their_ending(tmp_path):
 def test_hub_and_trainer_configs_imply_maxtexts_tree(name):
     scanned = name.endswith(".scan")
     shapes = {path.removeprefix("base/"): leaf for path, leaf in tree(name).shapes.items()}
-    for config in (GOLDEN / name / "config.json", tree(name).config):
+    hub = ModelConfig.of(GOLDEN / name / "config.json")
+    if hub.decoder_block == "llama2":  # the hub cannot know in which order the trainer keeps rotary pairs
+        hub = dataclasses.replace(hub, rope_type="llama3.1")
+    for config in (hub, tree(name).config):
         converter = portax.converter_for(config, layout=portax.layouts.Canonical())
         if scanned or tree(name).config["decoder_block"] != "gemma4_small":
             assert converter.expected_tree(scanned=scanned) == shapes

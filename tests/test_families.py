@@ -260,6 +260,7 @@ def test_a_dense_config_for_experts():
         (HYBRID, {"gdn_num_value_heads": 12}, "gdn_num_value_heads: 12 is no multiple of gdn_num_key_heads: 8"),
         (HYBRID, {"gdn_conv_kernel_dim": 0}, "decoder_block='qwen3_5' needs gdn_conv_kernel_dim"),
         ("gemma4-e4b.unscan", {"hidden_size_per_layer_input": 0}, "needs hidden_size_per_layer_input"),
+        ("llama3.1-8b.scan", {"rope_type": "default"}, "rope_type='default' leaves open .* set rope_type: llama3.1 in"),
         (GEMMA, {"decoder_block": "gemma5"}, r"'gemma5' has no converter; known: .*gemma4 \(Gemma4Converter\)"),
     ],
 )

@@ -14,7 +14,7 @@ def differences(weights, golden):
     return [f"{row.name}: {row.difference}" for row in compare(weights, golden) if row.difference]
 
 
-@pytest.mark.parametrize(("name", "file"), ENGINES, ids="/".join)
+@pytest.mark.parametrize(("name", "file"), ENGINES, ids=["/".join(pair) for pair in ENGINES])
 def test_reproduces_the_engines_state(name, file):
     golden = Golden.load(GOLDEN / name / file)
     converter = portax.converter_for(tree(name).config, layout=golden.layout, mesh=engine_mesh(golden.layout.tp))

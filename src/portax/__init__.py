@@ -4,13 +4,14 @@ from portax import blocks, kernels, layouts
 from portax.arithmetic import Affine
 from portax.base import BaseConverter
 from portax.config import ModelConfig
-from portax.errors import ConfigError, GoldenError, LayoutError, PlanError, PortaxError, Problem
+from portax.errors import ConfigError, GoldenError, LayoutError, PlanError, PortaxError, Problem, SyncError
 from portax.layers import Layer, ScanForm
 from portax.leaves import Leaves
 from portax.models import (
     Gemma3Converter,
     Gemma4Converter,
     Gemma4SmallConverter,
+    LlamaConverter,
     Qwen2Converter,
     Qwen3_5Converter,
     Qwen3Converter,
@@ -18,6 +19,8 @@ from portax.models import (
     converter_for,
 )
 from portax.plan import Plan
+from portax.sync import WeightSync
+from portax.sync_report import SyncReport
 
 __version__ = "0.1.0"
 
@@ -32,6 +35,7 @@ __all__ = [
     "Layer",
     "LayoutError",
     "Leaves",
+    "LlamaConverter",
     "ModelConfig",
     "Plan",
     "PlanError",
@@ -42,6 +46,9 @@ __all__ = [
     "Qwen3NextConverter",
     "Qwen3_5Converter",
     "ScanForm",
+    "SyncError",
+    "SyncReport",
+    "WeightSync",
     "blocks",
     "converter_for",
     "kernels",

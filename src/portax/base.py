@@ -155,13 +155,27 @@ class BaseConverter(PlainDecoder):
             )
         if missing := [name for name in self.required if not getattr(self.config, name)]:
             raise ConfigError(f"decoder_block={self.config.decoder_block!r} needs {', '.join(missing)}")
+        self.check_config()
 
-    def _buckets(self, params: Any, bucket_bytes: int | None, strict_dtype: bool | None) -> Iterator[Weights]:
+    def conversion(self, params: Any, *, strict_dtype: bool | None = None) -> execute.Conversion:
+        """A planned conversion, to be carried out piece by piece, as `WeightSync` does.
+
+        Args:
+            params: As for `plan`.
+            strict_dtype: As for `plan`.
+
+        Raises:
+            PlanError: As `plan`; also for arrays that cannot be read.
+        """
         state = trainer_state.read(params)
         sections = self._sections(state)
         plan = self._plan(state, sections, None, strict_dtype)
-        execute.check_arrays(state)
-        return self._executor.run(plan, sections, bucket_bytes)
+        return execute.Conversion(plan, state, sections, self._executor)
+
+    def _buckets(self, params: Any, bucket_bytes: int | None, strict_dtype: bool | None) -> Iterator[Weights]:
+        conversion = self.conversion(params, strict_dtype=strict_dtype)
+        execute.check_arrays(conversion.state)
+        return self._executor.run(conversion.plan, conversion.sections, bucket_bytes)
 
     def _sections(self, state: trainer_state.TrainerState) -> tuple[layers.Section, ...]:
         return layers.sections(state, self.config.param_scan_axis, self._traits)

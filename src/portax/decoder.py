@@ -37,6 +37,9 @@ class PlainDecoder:
     shared_head_module: ClassVar[bool] = True
     config: ModelConfig
 
+    def check_config(self) -> None:
+        """Raises a `ConfigError` for what this family cannot convert; `required` fields are set."""
+
     @property
     def embedding_affine(self) -> Affine | None:
         """How the hub's embedding follows from the trainer's; None if they are the same."""

@@ -16,6 +16,10 @@ class LayoutError(PortaxError, ValueError):
     """A layout that cannot exist: an unknown engine version, or sizes that its topology does not divide."""
 
 
+class SyncError(PortaxError, RuntimeError):
+    """A sync that cannot start, or whose result is not what the trainer holds."""
+
+
 class GoldenError(PortaxError, ValueError):
     """A golden, tree or weights file that cannot be read as what it should be."""
 

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ def check_arrays(state: TrainerState) -> None:
             cause = "it was donated to another program, or freed, before the conversion"
             problems.append(Problem(state.root + path, "a deleted array", "a live array", cause))
         elif isinstance(leaf, jax.Array) and leaf.committed:
-            devices.setdefault(_device_order(leaf.sharding), path)
+            devices.setdefault(device_order(leaf.sharding), path)
     if len(devices) > 1:
         found = "; ".join(f"{path} on {[d.id for d in order]}" for order, path in devices.items())
         cause = "part of the state was moved or restored onto other devices than the rest"
@@ -43,8 +43,15 @@ def check_arrays(state: TrainerState) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
-    """Some of the tensors of one layer, made by one call of a program."""
+class Job:
+    """Some of the tensors of one layer, made by one call of a program.
+
+    Attributes:
+        section: The section that the layer belongs to.
+        layer: The layer.
+        tensors: Which of the layer's tensors.
+        entries: Those tensors, as planned.
+    """
 
     section: Section
     layer: Layer
@@ -53,7 +60,46 @@ class _Job:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all of them."""
         return sum(entry.nbytes for entry in self.entries)
+
+    @property
+    def source_sharding(self) -> Sharding | None:
+        """Where the trainer has the leaves that they are made of; None for host memory."""
+        leaves = self.section.arrays(self.layer)
+        return next((leaf.sharding for leaf in leaves if getattr(leaf, "sharding", None) is not None), None)
+
+
+Arrays: TypeAlias = tuple[Shaped[Array, "..."], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """A plan, the weights that it is for, and what carries it out, a job at a time.
+
+    Attributes:
+        plan: The plan.
+        state: The trainer's weights, or their shapes.
+        sections: The same, as layers of each kind.
+        executor: The converter's.
+    """
+
+    plan: Plan
+    state: TrainerState
+    sections: tuple[Section, ...]
+    executor: "Executor"
+
+    def jobs(self, bucket_bytes: int | None) -> Iterator[Job]:
+        """The work, in order: a layer at a time, or parts of one where it is larger than a bucket."""
+        return jobs(self.plan, self.sections, bucket_bytes)
+
+    def make(self, job: Job, targets: tuple[Sharding, ...], donors: Arrays = ()) -> Arrays:
+        """As `Executor.make`."""
+        return self.executor.make(job, targets, donors)
+
+    def compile(self, job: Job, targets: tuple[Sharding, ...], *, donating: bool) -> None:
+        """As `Executor.compile`."""
+        self.executor.compile(job, targets, donating=donating)
 
 
 class Executor:
@@ -61,9 +107,9 @@ class Executor:
 
     def __init__(self, hooks: Hooks, mesh: Mesh | None):
         self._hooks = hooks
-        self._mesh = mesh if mesh is None else _auto(mesh)
-        self._wanted_mesh = mesh
-        self._programs: dict[Any, Callable] = {}
+        self._mesh = mesh
+        self._programs: dict[Any, Any] = {}
+        self._compiled: dict[Any, Callable] = {}
         self._positions: dict[Any, jax.Array] = {}
 
     def run(
@@ -79,7 +125,7 @@ class Executor:
         in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
         bucket: dict[str, jax.Array] = {}
         size = 0
-        for job in _jobs(plan, sections, bucket_bytes):
+        for job in jobs(plan, sections, bucket_bytes):
             if bucket and (bucket_bytes is None or size + job.nbytes > bucket_bytes):
                 yield bucket
                 bucket, size = {}, 0
@@ -91,45 +137,83 @@ class Executor:
             size += job.nbytes
         yield bucket
 
-    def _run(self, job: _Job) -> dict[str, jax.Array]:
-        kind, arrays, position = _operands(job, self._hooks.config.param_scan_axis)
-        source = next((leaf.sharding for leaf in arrays if isinstance(leaf, jax.Array)), None)
+    def _run(self, job: Job) -> dict[str, jax.Array]:
         targets = None
         if self._mesh is not None:
             targets = tuple(NamedSharding(self._mesh, entry.spec) for entry in job.entries)
-        in_program = source is not None and targets and _device_order(source) == _device_order(targets[0])
-        sliced = _sliced_shardings(kind, arrays, self._hooks.config.param_scan_axis)
-        program = self._program(kind, job.tensors, sliced, targets if in_program else None)
-        outputs = program(arrays, self._placed(position, source))
-        if targets and not in_program:
+        outputs = self.make(job, targets)
+        if targets is not None and device_order(outputs[0].sharding) != device_order(targets[0]):
             outputs = jax.device_put(outputs, targets)
-        if self._wanted_mesh is not None and self._wanted_mesh != self._mesh:
-            wanted = [NamedSharding(self._wanted_mesh, entry.spec) for entry in job.entries]
-            outputs = [_on_mesh(output, sharding) for output, sharding in zip(outputs, wanted, strict=True)]
         return dict(zip((entry.name for entry in job.entries), outputs, strict=True))
 
-    def _program(
-        self,
-        kind: Kind,
-        tensors: slice,
-        sources: tuple[NamedSharding | None, ...],
-        targets: tuple[NamedSharding, ...] | None,
-    ) -> Callable:
-        key = (kind, tensors.start, tensors.stop, sources, targets)
+    def make(self, job: Job, targets: tuple[Sharding, ...] | None, donors: Arrays = ()) -> Arrays:
+        """Makes the tensors of one job.
+
+        Args:
+            job: What to make.
+            targets: How each result is to be partitioned. If that is on other devices than the source's, results are
+                made on the source's, partitioned the same way where there are as many of them.
+            donors: Arrays whose buffers the results take over, partitioned as the targets on the source's devices.
+        """
+        call = self._call(job, targets, donating=bool(donors))
+        program = self._compiled.get(call.signature, call.program)
+        position = self._placed(call.position, call.source)
+        outputs = program(call.arrays, position, tuple(_automatic(donor) for donor in donors))
+        if call.reached is None or call.wanted is None:
+            return outputs
+        return tuple(
+            output if target == auto else _on_mesh(output, target)
+            for output, target, auto in zip(outputs, call.reached, call.wanted, strict=True)
+        )
+
+    def compile(self, job: Job, targets: tuple[Sharding, ...], *, donating: bool) -> None:
+        """Compiles the program of one job, if that has not been done; shapes with shardings are enough.
+
+        Args:
+            job: What the program is to make.
+            targets: How each result is to be partitioned.
+            donating: Whether it will be given donors.
+        """
+        call = self._call(job, targets, donating=donating)
+        if call.signature in self._compiled:
+            return
+        donors: tuple[jax.ShapeDtypeStruct, ...] = ()
+        if donating:
+            wanted = call.wanted or targets
+            donors = tuple(
+                jax.ShapeDtypeStruct(entry.shape, entry.dtype, sharding=sharding)
+                for entry, sharding in zip(job.entries, wanted, strict=True)
+            )
+        position = self._placed(call.position, call.source)
+        self._compiled[call.signature] = call.program.lower(call.arrays, position, donors).compile()
+
+    def _call(self, job: Job, targets: tuple[Sharding, ...] | None, *, donating: bool) -> "_Call":
+        kind, arrays, position = _operands(job, self._hooks.config.param_scan_axis)
+        source = job.source_sharding
+        reached = _reachable(source, targets)
+        wanted = reached and tuple(_auto_sharding(target) for target in reached)
+        sliced = _sliced_shardings(kind, arrays, self._hooks.config.param_scan_axis)
+        key = (kind, job.tensors.start, job.tensors.stop, sliced, wanted, donating)
+        types = tuple((leaf.shape, np.dtype(leaf.dtype), getattr(leaf, "sharding", None)) for leaf in arrays)
+        return _Call(self._program(key), (key, types), arrays, position, source, reached, wanted)
+
+    def _program(self, key: tuple) -> Any:
+        kind, start, stop, sources, targets, donating = key
         if key not in self._programs:
-            mesh = self._mesh if targets else None
+            mesh = _mesh(targets[0]) if targets else None
             shardings = {path: source for path, source in zip(kind.paths, sources, strict=True) if source is not None}
 
-            def program(arrays, position):
+            def program(arrays, position, donors):
                 leaves = layer_leaves(self._hooks, kind, arrays, position, shardings)
 
                 def place(array, spec):
                     return kernels.seal(array if mesh is None else _spread(array, mesh, spec), leaves.zero)
 
                 held, _ = hold(self._hooks, leaves, is_global=kind.is_global, place=place)
-                return tuple(tensor.array for tensor in held[tensors])
+                return tuple(tensor.array for tensor in held[start:stop])
 
-            self._programs[key] = jax.jit(program, out_shardings=targets)
+            # Whatever reads them: a donor that a program drops is not written into.
+            self._programs[key] = jax.jit(program, out_shardings=targets, donate_argnums=2, keep_unused=donating)
         return self._programs[key]
 
     def _placed(self, position: tuple[int, ...], source: Sharding | None) -> jax.Array:
@@ -140,11 +224,40 @@ class Executor:
         return self._positions[key]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A program, and what it is called with; the signature is that of a program compiled ahead of time."""
+
+    program: Any
+    signature: tuple
+    arrays: tuple[Any, ...]
+    position: tuple[int, ...]
+    source: Sharding | None
+    reached: tuple[Sharding, ...] | None
+    wanted: tuple[Sharding, ...] | None
+
+
+def _reachable(source: Sharding | None, targets: tuple[Sharding, ...] | None) -> tuple[Sharding, ...] | None:
+    """How a program that runs on the source's devices can partition its results; None leaves it to the compiler."""
+    if source is None or targets is None:
+        return None
+    own = device_order(source)
+    if own == device_order(targets[0]):
+        return targets
+    if len(own) != len(targets[0].device_set) or not all(isinstance(target, NamedSharding) for target in targets):
+        return None
+    return tuple(
+        NamedSharding(Mesh(np.array(own).reshape(target.mesh.devices.shape), target.mesh.axis_names), target.spec)
+        for target in targets
+        if isinstance(target, NamedSharding)
+    )
+
+
 def _sliced_shardings(kind: Kind, arrays: tuple[Any, ...], scan_axis: int) -> tuple[NamedSharding | None, ...]:
     """How one layer's slice of each leaf is partitioned; None for what is not spread over devices."""
 
     def sliced(leaf: Any) -> NamedSharding | None:
-        sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
+        sharding = getattr(leaf, "sharding", None)
         if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
             return None
         axes = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
@@ -171,7 +284,7 @@ def _spread(array: Shaped[Array, "..."], mesh: Mesh, spec: PartitionSpec) -> Sha
     return lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
 
-def _operands(job: _Job, scan_axis: int) -> tuple[Kind, tuple[Any, ...], tuple[int, ...]]:
+def _operands(job: Job, scan_axis: int) -> tuple[Kind, tuple[Any, ...], tuple[int, ...]]:
     """What a program is called with. Stacks in host memory are sliced there, so that one layer at a time is moved."""
     kind, position = job.section.kind, job.layer.position
     arrays = tuple(_automatic(leaf) for leaf in job.section.arrays(job.layer))
@@ -181,13 +294,14 @@ def _operands(job: _Job, scan_axis: int) -> tuple[Kind, tuple[Any, ...], tuple[i
     return kind, arrays, position
 
 
-def _jobs(plan: Plan, sections: Iterable[Section], bucket_bytes: int | None) -> Iterator[_Job]:
+def jobs(plan: Plan, sections: Iterable[Section], bucket_bytes: int | None) -> Iterator[Job]:
+    """The work of a plan, in order: a layer at a time, or parts of one where it is larger than a bucket."""
     entries = iter(plan.entries)
     for section, count in zip(sections, plan.tensors_per_layer, strict=True):
         for layer in section.layers:
             mine = tuple(itertools.islice(entries, count))
             for chosen in _cuts(mine, bucket_bytes):
-                yield _Job(section, layer, chosen, mine[chosen])
+                yield Job(section, layer, chosen, mine[chosen])
 
 
 def _cuts(entries: tuple[Entry, ...], most: int | None) -> Iterator[slice]:
@@ -205,20 +319,32 @@ def _auto(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names)
 
 
+def _auto_sharding(sharding: Sharding) -> Sharding:
+    mesh = _mesh(sharding)
+    if mesh is None or mesh == _auto(mesh) or not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(_auto(mesh), sharding.spec)
+
+
+def _mesh(sharding: Sharding) -> Mesh | None:
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None
+
+
 def _automatic(leaf: Any) -> Any:
-    mesh = getattr(leaf.sharding, "mesh", None) if isinstance(leaf, jax.Array) else None
-    return (
-        leaf if mesh is None or mesh == _auto(mesh) else _on_mesh(leaf, NamedSharding(_auto(mesh), leaf.sharding.spec))
-    )
+    if not isinstance(leaf, jax.Array) or (sharding := _auto_sharding(leaf.sharding)) == leaf.sharding:
+        return leaf
+    return _on_mesh(leaf, sharding)
 
 
-def _on_mesh(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+def _on_mesh(leaf: jax.Array, sharding: Sharding) -> jax.Array:
     """The same shards under a mesh that differs in the types of its axes only; nothing is copied."""
     shards = [shard.data for shard in leaf.addressable_shards]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
 
 
-def _device_order(sharding: Sharding) -> tuple[jax.Device, ...]:
+def device_order(sharding: Sharding) -> tuple[jax.Device, ...]:
+    """The devices of a sharding, in the order in which programs number them."""
     if isinstance(sharding, NamedSharding):
         return tuple(sharding.mesh.devices.flat)
     return tuple(sorted(sharding.device_set, key=lambda device: device.id))
@@ -227,5 +353,5 @@ def _device_order(sharding: Sharding) -> tuple[jax.Device, ...]:
 def _replicated(sharding: Sharding) -> Sharding:
     if isinstance(sharding, SingleDeviceSharding):
         return sharding
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else Mesh(np.array(_device_order(sharding)), ("all",))
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else Mesh(np.array(device_order(sharding)), ("all",))
     return NamedSharding(mesh, PartitionSpec())

@@ -58,18 +58,13 @@ def _hybrid(decoder_block: str) -> _Fixed:
     }
 
 
-def _llama(hub: Mapping[str, Any]) -> dict[str, Any]:
-    scaling = hub.get("rope_scaling") or hub.get("rope_parameters") or {}
-    return {"decoder_block": "llama2", "rope_type": "llama3.1" if scaling.get("rope_type") == "llama3" else "default"}
-
-
 _FAMILIES: dict[str, tuple[dict[str, str], _Fixed]] = {
     "qwen2": (_DENSE, lambda hub: {"decoder_block": "qwen2", "attention_bias": True}),
     "qwen3": (_DENSE, lambda hub: {"decoder_block": "qwen3"}),
     "qwen3_moe": (_DENSE | _EXPERTS, lambda hub: {"decoder_block": "qwen3_moe"}),
     "qwen3_next": (_HYBRID, _hybrid("qwen3_next")),
     "qwen3_5_moe_text": (_HYBRID, _hybrid("qwen3_5")),
-    "llama": (_DENSE, _llama),
+    "llama": (_DENSE, lambda hub: {"decoder_block": "llama2"}),
     "gemma3_text": (
         _DENSE,
         lambda hub: {"decoder_block": "gemma3", "logits_via_embedding": hub.get("tie_word_embeddings", True)},

@@ -12,6 +12,7 @@ from portax.layouts import Layout
 from portax.models.gemma3 import Gemma3Converter
 from portax.models.gemma4 import Gemma4Converter
 from portax.models.gemma4_small import Gemma4SmallConverter
+from portax.models.llama import LlamaConverter
 from portax.models.qwen2 import Qwen2Converter
 from portax.models.qwen3 import Qwen3Converter
 from portax.models.qwen3_5 import Qwen3_5Converter
@@ -24,6 +25,7 @@ _OWN: tuple[type[BaseConverter], ...] = (
     Qwen3Converter,
     Qwen3NextConverter,
     Qwen3_5Converter,
+    LlamaConverter,
     Gemma3Converter,
     Gemma4Converter,
     Gemma4SmallConverter,

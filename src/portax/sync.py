@@ -1,0 +1,247 @@
+"""`WeightSync`: plan once, then write a live engine's weights in place, every step."""
+
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax import lax
+
+from portax import live
+from portax.base import BaseConverter
+from portax.errors import PlanError, Problem, SyncError
+from portax.execute import Arrays, Conversion, Job, check_arrays, device_order
+from portax.fingerprint import fingerprints
+from portax.sync_report import PHASES, SyncReport, Torn, Verification, peak_bytes
+
+_NEVER = 0  # the attempt that no leaf was written by
+
+
+class WeightSync:
+    """Keeps the weights of a live engine equal to a trainer's.
+
+    Every call writes all that the trainer owns *in place*: the engine's mapping gets arrays that live in the buffers of
+    those they replace, with the same shardings. What the engine owns is not touched. From the second call on nothing is
+    compiled.
+
+    Attributes:
+        version: How many syncs have been completed.
+
+    Example:
+        >>> sync = portax.WeightSync(converter, runner.state)
+        >>> report = sync(params)
+    """
+
+    def __init__(
+        self,
+        converter: BaseConverter,
+        engine_state: Any,
+        *,
+        params: Any = None,
+        bucket_bytes: int = 2**30,
+        verify: bool = False,
+        atomic: bool = False,
+    ):
+        """Checks that what the converter makes is what the engine holds; writes nothing.
+
+        Args:
+            converter: Says what the engine should hold.
+            engine_state: The live mapping: a flat dict of arrays, or an `nnx.State`. It is written to.
+            params: The trainer's parameters, or their shapes with shardings: plans and compiles for them now, and not
+                in the first sync.
+            bucket_bytes: Most bytes in work at a time.
+            verify: Whether every sync compares fingerprints of all leaves afterwards, at the price of a second
+                conversion.
+            atomic: Whether a sync switches all leaves at once, when all are ready, at the price of a second copy of
+                the weights.
+
+        Raises:
+            PlanError: The engine holds other leaves than the converter makes, or leaves that share a buffer.
+        """
+        self.version = 0
+        self._converter = converter
+        self._engine = live.EngineState(engine_state)
+        self._bucket_bytes = bucket_bytes
+        self._verify = verify
+        self._atomic = atomic
+        self._lock = threading.Lock()
+        plan = converter.plan(converter.expected_tree() if params is None else params, self._engine.leaves())
+        self._engine.own(plan)
+        self._attempt = _NEVER
+        self._written_by: dict[str, int | None] = dict.fromkeys((entry.name for entry in plan.entries), _NEVER)
+        self._cause = ""
+        if params is not None:
+            self._compile(converter.conversion(params))
+
+    def __call__(self, params: Any) -> SyncReport:
+        """Writes the trainer's weights into the engine.
+
+        Args:
+            params: As for `converter.convert`.
+
+        Returns:
+            What was done, and how long each phase took; its `str` is a table.
+
+        Raises:
+            PlanError: The trainer's tree or the engine's leaves are not what they should be; nothing was written.
+            SyncError: Another sync is running, or leaves differ afterwards (with `verify=True`).
+        """
+        if not self._lock.acquire(blocking=False):
+            raise SyncError("a sync is running; wait for it: two at once would write the same buffers")
+        try:
+            return self._sync(params)
+        finally:
+            self._lock.release()
+
+    @property
+    def torn(self) -> Torn | None:
+        """What a sync that failed half-way left behind; None while all leaves belong together."""
+        if len(set(self._written_by.values())) == 1 and None not in self._written_by.values():
+            return None
+        by = {
+            "new": [name for name, attempt in self._written_by.items() if attempt == self._attempt],
+            "lost": [name for name, attempt in self._written_by.items() if attempt is None],
+        }
+        old = [name for name in self._written_by if name not in {*by["new"], *by["lost"]}]
+        return Torn(new=tuple(by["new"]), old=tuple(old), lost=tuple(by["lost"]), cause=self._cause)
+
+    def verify(self, params: Any) -> Verification:
+        """Compares the engine's leaves with what these parameters give, by fingerprints computed on the devices.
+
+        Args:
+            params: As for `converter.convert`.
+
+        Raises:
+            PlanError: As for a sync.
+        """
+        return self._compared(self._checked(params))
+
+    def _sync(self, params: Any) -> SyncReport:
+        seconds = dict.fromkeys(PHASES, 0.0)
+        with _timed(seconds, "plan"):
+            conversion = self._checked(params)
+        with _timed(seconds, "compile"):
+            self._compile(conversion)
+        self._attempt += 1
+        try:
+            moved = self._write(conversion, seconds)
+            verification = None
+            if self._verify:
+                with _timed(seconds, "verify"):
+                    verification = self._compared(conversion)
+                self._refuse(verification)
+        except BaseException as error:
+            self._cause = repr(error)
+            raise
+        self.version += 1
+        plan = conversion.plan
+        return SyncReport(
+            version=self.version,
+            leaves=len(plan.entries),
+            seconds=seconds,
+            bytes_read=plan.bytes_in,
+            bytes_written=plan.bytes_out,
+            bytes_moved=moved,
+            peak_bytes=peak_bytes(self._engine.devices()),
+            verification=verification,
+        )
+
+    def _checked(self, params: Any) -> Conversion:
+        conversion = self._converter.conversion(params)
+        check_arrays(conversion.state)
+        self._engine.check()
+        held = self._engine.buffers()
+        shared = [
+            Problem(
+                conversion.state.root + path,
+                f"the buffer of the engine's {held[live.pointer(leaf)]}",
+                "a buffer of its own",
+                "the engine was given the trainer's arrays, which a sync would overwrite: give it copies",
+            )
+            for path, leaf in conversion.state.leaves.items()
+            if live.pointer(leaf) in held
+        ]
+        if shared:
+            raise PlanError(shared)
+        return conversion
+
+    def _compile(self, conversion: Conversion) -> None:
+        for job in conversion.jobs(self._bucket_bytes):
+            conversion.compile(job, self._shardings(job), donating=self._in_place(job))
+
+    def _write(self, conversion: Conversion, seconds: dict[str, float]) -> int:
+        """Converts and assigns; the next job converts while the last one moves. Returns the bytes moved."""
+        moving: dict[str, jax.Array] = {}
+        ready: dict[str, jax.Array] = {}
+        moved = 0
+        for job in conversion.jobs(self._bucket_bytes):
+            names = [entry.name for entry in job.entries]
+            with _timed(seconds, "convert"):
+                donors = self._take(names) if self._in_place(job) else ()
+                made = jax.block_until_ready(conversion.make(job, self._shardings(job), donors))
+            if donors:
+                ready = dict(zip(names, made, strict=True))
+            else:
+                with _timed(seconds, "transfer"):
+                    ready |= jax.block_until_ready(moving)
+                    arrived = jax.device_put(made, self._shardings(job))
+                    moved += job.nbytes * (arrived[0].sharding.device_set != made[0].sharding.device_set)
+                    settled = arrived if self._atomic else _settled(arrived, self._take(names))
+                    moving = dict(zip(names, settled, strict=True))
+            if not self._atomic:
+                self._assign(ready, seconds)
+                ready = {}
+        with _timed(seconds, "transfer"):
+            ready |= jax.block_until_ready(moving)
+        self._assign(ready, seconds)
+        return moved
+
+    def _assign(self, leaves: dict[str, jax.Array], seconds: dict[str, float]) -> None:
+        with _timed(seconds, "assign"):
+            self._engine.assign(leaves)
+            self._written_by |= dict.fromkeys(leaves, self._attempt)
+
+    def _take(self, names: list[str]) -> Arrays:
+        donors = tuple(self._engine.take(name) for name in names)
+        self._written_by |= dict.fromkeys(names)  # lost, until what is made of them has arrived
+        return donors
+
+    def _compared(self, conversion: Conversion) -> Verification:
+        engine = self._engine.leaves()
+        different = []
+        for job in conversion.jobs(self._bucket_bytes):
+            names = [entry.name for entry in job.entries]
+            expected = fingerprints(conversion.make(job, self._shardings(job)))
+            held = fingerprints(engine[name] for name in names)
+            different += [name for name, a, b in zip(names, expected, held, strict=True) if a != b]
+        return Verification(len(conversion.plan.entries), tuple(different))
+
+    def _refuse(self, verification: Verification) -> None:
+        if verification.different:
+            self._written_by |= dict.fromkeys(verification.different)
+            raise SyncError(f"after writing, {verification}")
+
+    def _shardings(self, job: Job) -> tuple[Any, ...]:
+        return self._engine.shardings([entry.name for entry in job.entries])
+
+    def _in_place(self, job: Job) -> bool:
+        """Whether one program can read the trainer's arrays and write into the engine's."""
+        source = job.source_sharding
+        target = self._shardings(job)[0]
+        return not self._atomic and source is not None and device_order(source) == device_order(target)
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[phase] += time.perf_counter() - start
+
+
+@functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
+def _settled(arrived: Arrays, donors: Arrays) -> Arrays:
+    """The same values in the donors' buffers. The barrier keeps JAX from handing the arguments back as they are."""
+    return lax.optimization_barrier(arrived)
