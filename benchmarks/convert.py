@@ -59,9 +59,7 @@ def peer_python(model: str, python: str) -> str:
     return str(inside)
 
 
-def measure(
-    python: str, model: str, converter: str, devices: int, engine_mesh: bool, repeat: int, *, keep: bool
-) -> dict:
+def measure(python: str, model: str, row: tuple[str, int, bool], repeat: int, *, keep: bool) -> dict:
     """Figures of one process."""
     converter, devices, engine_mesh = row
     command = [python, "-W", "ignore", str(HERE / "measure.py"), converter, "--model", model, "--devices", str(devices)]

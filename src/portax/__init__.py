@@ -19,6 +19,7 @@ from portax.models import (
     converter_for,
 )
 from portax.plan import Plan
+from portax.staging import Staging
 from portax.sync import WeightSync
 from portax.sync_report import SyncReport
 
@@ -46,6 +47,7 @@ __all__ = [
     "Qwen3NextConverter",
     "Qwen3_5Converter",
     "ScanForm",
+    "Staging",
     "SyncError",
     "SyncReport",
     "WeightSync",

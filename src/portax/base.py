@@ -1,7 +1,7 @@
 """`BaseConverter`: the pipeline from a trainer's parameters to an engine's weights, and the hooks of a model family."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import jax
 import numpy as np
@@ -156,6 +156,14 @@ class BaseConverter(PlainDecoder):
         if missing := [name for name in self.required if not getattr(self.config, name)]:
             raise ConfigError(f"decoder_block={self.config.decoder_block!r} needs {', '.join(missing)}")
         self.check_config()
+
+    def on(self, mesh: Mesh | None) -> Self:
+        """The same converter with results on another mesh.
+
+        Raises:
+            LayoutError: The mesh does not fit the layout.
+        """
+        return type(self)(self.config, mesh, layout=self.layout, wrapper=self.wrapper, strict_dtype=self.strict_dtype)
 
     def conversion(self, params: Any, *, strict_dtype: bool | None = None) -> execute.Conversion:
         """A planned conversion, to be carried out piece by piece, as `WeightSync` does.

@@ -1,10 +1,11 @@
-"""The `portax` command: models, plan, convert, verify, demo.
+"""The `portax` command: models, plan, convert, verify, demo, doctor.
 
 Exit codes: 0 done and exact; 1 a leaf differs, or the plan has problems; 2 the command, a file, the configuration or
 the layout is not usable.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from portax import demo, files, layouts, report
+from portax import demo, doctor, files, layouts, report
 from portax.config import ModelConfig
 from portax.errors import ConfigError, PlanError, PortaxError
 from portax.golden import Comparison, Golden, compare
@@ -77,6 +78,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     which = show.add_mutually_exclusive_group()
     which.add_argument("--model", action="append", default=[], metavar="NAME", help="only this model; may be repeated")
     which.add_argument("--all", action="store_true", help="every shipped tree; takes minutes")
+    check = command("doctor", _doctor, "Scramble an engine's state, sync into it, check every leaf; on shipped data.")
+    check.add_argument("--model", default="qwen3-30b-a3b", metavar="NAME", help="a shipped tree (default: %(default)s)")
+    check.add_argument("--tp", type=int, default=2, choices=demo.TENSOR_PARALLEL, help="tensor-parallel size")
     return parser.parse_args(argv[1:])
 
 
@@ -193,6 +197,18 @@ def _demo(args: argparse.Namespace) -> int:
     verdict = "every one exact" if exact else "NOT all exact"
     _print(f"{len(runs)} conversions, {leaves} leaves against the real engine's digests: {verdict}. {seconds:.0f} s")
     return 0 if exact else 1
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    _simulate_devices(demo.DEVICES)
+    with Console(stderr=True).status("scrambling, syncing, looking at every leaf ..."):
+        checks = list(demo.examination(args.model, args.tp))
+    passed = all(check.passed for check in checks)
+    if args.json:
+        _print(json.dumps({"passed": passed, "checks": [dataclasses.asdict(check) for check in checks]}, indent=1))
+    else:
+        _show(doctor.table(checks, title=f"{args.model}, tp={args.tp}"))
+    return 0 if passed else 1
 
 
 def _run_json(run: demo.Run) -> dict[str, Any]:

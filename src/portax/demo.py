@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from portax.doctor import Check, examine
 from portax.errors import ConfigError
 from portax.golden import Comparison, Golden, Tree, compare
 from portax.models import converter_for
@@ -50,6 +51,43 @@ def all_models() -> list[str]:
     return sorted(demo_goldens())
 
 
+def examination(model: str, tp: int) -> Iterator[Check]:
+    """Lets the doctor look at a made-up engine; whether it holds what the real one does, by its digests, comes last.
+
+    Args:
+        model: MaxText's name of a shipped tree.
+        tp: Tensor-parallel size of the engine.
+
+    Raises:
+        ConfigError: The model is not shipped.
+    """
+    tree, golden = _shipped(model, tp)
+    devices = np.array(jax.devices()[:DEVICES])
+    mesh = Mesh(devices.reshape(-1, tp), ("data", "model"))
+    params = {path: _fsdp(leaf, Mesh(devices, ("fsdp",))) for path, leaf in tree.fill().items()}
+    converter = converter_for(tree.config, layout=golden.layout)
+    state = {
+        name: jax.device_put(np.ones(leaf.shape, leaf.dtype), NamedSharding(mesh, leaf.spec or PartitionSpec()))
+        for name, leaf in golden.leaves.items()
+    }
+    state |= {
+        name: jax.device_put(np.ones(1, np.float32), NamedSharding(mesh, PartitionSpec()))
+        for name in golden.engine_owned
+    }
+    yield from examine(converter, state, params)
+    rows = compare({name: state[name] for name in golden.leaves}, golden)
+    wrong = [row.name for row in rows if row.difference]
+    found = f"{len(wrong)} of {len(rows)} leaves differ" if wrong else f"{len(rows)} leaves, all exact"
+    yield Check(f"the state is what {_ENGINE} holds, by its digests", not wrong, found)
+
+
+def _shipped(model: str, tp: int) -> tuple[Tree, Golden]:
+    known = demo_goldens()
+    if model not in known:
+        raise ConfigError(f"the demo has no tree of {model}; it has {', '.join(all_models())}")
+    return Tree.load(known[model] / "source.json"), Golden.load(known[model] / f"{_ENGINE}.tp{tp}.json")
+
+
 def runs(models: list[str]) -> Iterator[Run]:
     """Converts each model for tp 1, 2, 4 and 8 on eight devices.
 
@@ -59,15 +97,12 @@ def runs(models: list[str]) -> Iterator[Run]:
     Raises:
         ConfigError: A model is not shipped.
     """
-    known = demo_goldens()
-    if unknown := [model for model in models if model not in known]:
-        raise ConfigError(f"the demo has no tree of {', '.join(unknown)}; it has {', '.join(all_models())}")
     devices = np.array(jax.devices()[:DEVICES])
-    for model in models or _USUAL:
-        tree = Tree.load(known[model] / "source.json")
+    chosen = [(model, [_shipped(model, tp) for tp in TENSOR_PARALLEL]) for model in models or _USUAL]
+    for model, cases in chosen:
+        tree, _ = cases[0]
         params = {path: _fsdp(leaf, Mesh(devices, ("fsdp",))) for path, leaf in tree.fill().items()}
-        for tp in TENSOR_PARALLEL:
-            golden = Golden.load(known[model] / f"{_ENGINE}.tp{tp}.json")
+        for tp, (_, golden) in zip(TENSOR_PARALLEL, cases, strict=True):
             mesh = Mesh(devices.reshape(-1, tp), ("data", "model"))
             start = time.perf_counter()
             converter = converter_for(tree.config, layout=golden.layout, mesh=mesh)

@@ -24,7 +24,7 @@ def size(nbytes: int) -> str:
 
 def plan_table(plan: Plan) -> str:
     """A plan as text: one row per family of engine leaves, then the totals."""
-    table = _table("engine leaf", ("count", "right"), "shape", "dtype", "spec", "from", ("bytes", "right"))
+    table = new_table("engine leaf", ("count", "right"), "shape", "dtype", "spec", "from", ("bytes", "right"))
     for entries in _families(plan.entries).values():
         first = entries[0]
         table.add_row(
@@ -71,7 +71,7 @@ def families(known: Mapping[str, type[BaseConverter]], shipped: Mapping[str, Mod
 
 def families_table(rows: Sequence[Mapping[str, str]]) -> Table:
     """The same as a table."""
-    table = _table(*rows[0])
+    table = new_table(*rows[0])
     for row in rows:
         table.add_row(*row.values())
     return table
@@ -84,7 +84,7 @@ def comparison_table(runs: Mapping[str, Sequence[Comparison]], *, title: str) ->
         runs: Comparisons of one model, by the name of the run.
         title: What to write above.
     """
-    table = _table("leaf family", ("count", "right"), *((run, "right") for run in runs), title=title)
+    table = new_table("leaf family", ("count", "right"), *((run, "right") for run in runs), title=title)
     families: dict[str, dict[str, list[Comparison]]] = {}
     for run, rows in runs.items():
         for row in rows:
@@ -110,7 +110,13 @@ def render(renderable: RenderableType) -> str:
     return out.getvalue()
 
 
-def _table(*columns: str | tuple[str, str], title: str | None = None) -> Table:
+def new_table(*columns: str | tuple[str, str], title: str | None = None) -> Table:
+    """An empty table.
+
+    Args:
+        *columns: Headers; with `right` beside it, a column of numbers.
+        title: What to write above.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for column in columns:
         header, justify = column if isinstance(column, tuple) else (column, "left")

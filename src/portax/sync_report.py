@@ -5,11 +5,9 @@ import json
 from collections.abc import Iterable, Mapping
 
 import jax
-from rich import box
-from rich.table import Table
 
 from portax.names import fold
-from portax.report import render, size
+from portax.report import new_table, render, size
 
 PHASES = ("plan", "compile", "convert", "transfer", "assign", "verify")
 
@@ -92,9 +90,7 @@ class SyncReport:
         return self.bytes_written / spent / 1e9 if spent else 0.0
 
     def __str__(self) -> str:
-        table = Table(box=box.SIMPLE_HEAD)
-        table.add_column("phase")
-        table.add_column("seconds", justify="right")
+        table = new_table("phase", ("seconds", "right"))
         for phase, seconds in self.seconds.items():
             table.add_row(phase, f"{seconds:.3f}")
         lines = [
