@@ -19,7 +19,7 @@ ENGINE = ("--engine-version", "0.32", "--tp", "2")
 def portax(*args, code=0):
     """Runs the command in a process of its own."""
     command = [sys.executable, "-m", "portax", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stdout + done.stderr
 
