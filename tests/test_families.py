@@ -267,3 +267,9 @@ def test_a_dense_config_for_experts():
 def test_configs_that_no_tree_could_mend(name, change, match):
     with pytest.raises(portax.ConfigError, match=match):
         portax.converter_for(dict(tree(name).config, **change), layout=TP2)
+
+
+def test_gemma4_small_without_a_tree_or_a_cycle():
+    converter = portax.converter_for(tree("gemma4-e4b.unscan").config, layout=TP2)
+    with pytest.raises(portax.ConfigError, match=r"5 .E2B. or 6 layers .E4B., and this config does not say which"):
+        converter.expected_tree()

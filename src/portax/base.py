@@ -1,7 +1,7 @@
 """`BaseConverter`: the pipeline from a trainer's parameters to an engine's weights, and the hooks of a model family."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -157,7 +157,7 @@ class BaseConverter(PlainDecoder):
             raise ConfigError(f"decoder_block={self.config.decoder_block!r} needs {', '.join(missing)}")
         self.check_config()
 
-    def on(self, mesh: Mesh | None) -> Self:
+    def on(self, mesh: Mesh | None) -> "BaseConverter":
         """The same converter with results on another mesh.
 
         Raises:

@@ -159,12 +159,9 @@ class Executor:
         program = self._compiled.get(call.signature, call.program)
         position = self._placed(call.position, call.source)
         outputs = program(call.arrays, position, tuple(_automatic(donor) for donor in donors))
-        if call.reached is None or call.wanted is None:
+        if call.reached is None:
             return outputs
-        return tuple(
-            output if target == auto else _on_mesh(output, target)
-            for output, target, auto in zip(outputs, call.reached, call.wanted, strict=True)
-        )
+        return tuple(on_sharding(output, target) for output, target in zip(outputs, call.reached, strict=True))
 
     def compile(self, job: Job, targets: tuple[Sharding, ...], *, donating: bool) -> None:
         """Compiles the program of one job, if that has not been done; shapes with shardings are enough.
@@ -334,11 +331,13 @@ def _mesh(sharding: Sharding) -> Mesh | None:
 def _automatic(leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array) or (sharding := _auto_sharding(leaf.sharding)) == leaf.sharding:
         return leaf
-    return _on_mesh(leaf, sharding)
+    return on_sharding(leaf, sharding)
 
 
-def _on_mesh(leaf: jax.Array, sharding: Sharding) -> jax.Array:
-    """The same shards under a mesh that differs in the types of its axes only; nothing is copied."""
+def on_sharding(leaf: jax.Array, sharding: Sharding) -> jax.Array:
+    """The same shards under a sharding that differs in its spelling or in the types of its axes; nothing is copied."""
+    if leaf.sharding is sharding:
+        return leaf
     shards = [shard.data for shard in leaf.addressable_shards]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
 

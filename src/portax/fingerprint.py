@@ -1,6 +1,7 @@
 """A few bytes that tell whether two arrays hold the same bits, computed where the arrays are."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 @jax.jit
-def fingerprint(x: Shaped[Array, "..."]) -> UInt32[Array, "2"]:
+def fingerprint(x: Shaped[Array | np.ndarray, "..."]) -> UInt32[Array, "2"]:
     """Two 32-bit sums over hashes of every element's bits and place.
 
     A changed, moved or swapped element changes both. Nothing is gathered: each device sums what it holds.
@@ -35,6 +36,7 @@ def _mixed(bits: UInt32[Array, "..."], place: UInt32[Array, "..."], seed: np.uin
     return hashed ^ (hashed >> 16)
 
 
-def fingerprints(leaves: Iterable[Shaped[Array, "..."]]) -> list[tuple[int, int]]:
-    """Fingerprints of several arrays, fetched together."""
-    return [(int(a), int(b)) for a, b in jax.device_get([fingerprint(leaf) for leaf in leaves])]
+def fingerprints(leaves: Iterable[Any]) -> list[tuple[int, int] | None]:
+    """Fingerprints of several arrays of JAX or numpy, fetched together; None for arrays that are deleted."""
+    marks = [None if isinstance(leaf, jax.Array) and leaf.is_deleted() else fingerprint(leaf) for leaf in leaves]
+    return [None if mark is None else (int(mark[0]), int(mark[1])) for mark in jax.device_get(marks)]

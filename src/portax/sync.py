@@ -13,7 +13,7 @@ from jax import lax
 from portax import live
 from portax.base import BaseConverter
 from portax.errors import PlanError, Problem, SyncError
-from portax.execute import Arrays, Conversion, Job, check_arrays, device_order
+from portax.execute import Arrays, Conversion, Job, check_arrays, device_order, on_sharding
 from portax.fingerprint import fingerprints
 from portax.sync_report import PHASES, SyncReport, Torn, Verification, peak_bytes
 
@@ -190,6 +190,7 @@ class WeightSync:
                     arrived = jax.device_put(made, self._shardings(job))
                     moved += job.nbytes * (arrived[0].sharding.device_set != made[0].sharding.device_set)
                     settled = arrived if self._atomic else _settled(arrived, self._take(names))
+                    settled = tuple(map(on_sharding, settled, self._shardings(job)))
                     moving = dict(zip(names, settled, strict=True))
             if not self._atomic:
                 self._assign(ready, seconds)

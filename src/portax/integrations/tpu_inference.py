@@ -73,8 +73,8 @@ def layout(engine: Any) -> TpuInference:
             "size than the MLP, which is not covered; start the engine with NEW_MODEL_DESIGN unset"
         )
     modules = runner.model.model.modules()
-    methods = [getattr(module, "quant_method", None) for module in modules]
-    backends = {method.moe_backend.name.lower() for method in methods if hasattr(method, "moe_backend")}
+    found = [getattr(getattr(module, "quant_method", None), "moe_backend", None) for module in modules]
+    backends = {backend.name.lower() for backend in found if backend is not None}
     if len(backends) > 1:
         raise LayoutError(f"the engine's experts run on several backends: {', '.join(sorted(backends))}")
     dtype = jnp.dtype(str(config.dtype).removeprefix("torch."))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from portax import blocks
 from portax.decoder import Blocks
+from portax.errors import ConfigError
 from portax.layers import Layer, Traits
 from portax.leaves import Leaves
 from portax.models.gemma4 import Gemma4Converter
@@ -22,13 +23,22 @@ class Gemma4SmallConverter(Gemma4Converter):
     def layer_cycle(self, found: Sequence[Layer]) -> tuple[Traits, ...]:
         """Four (E2B) or five (E4B) local layers, then a global one.
 
-        MaxText tells the two apart by the model's name. Here the cycle interval does, if the config sets it; else the
-        first layer with wide heads, and without a tree it is six, MaxText's own choice for unknown names.
+        MaxText tells the two apart by the model's name. Here the config's cycle interval does, or else the first layer
+        with wide heads.
+
+        Raises:
+            ConfigError: Neither the config nor a tree tells.
         """
         cycle = super().layer_cycle(found)
+        if self.config.inhomogeneous_layer_cycle_interval > 1:
+            return cycle
+        if not found:
+            raise ConfigError(
+                "decoder_block='gemma4_small' has a global layer every 5 (E2B) or 6 layers (E4B), and this config does "
+                "not say which: set inhomogeneous_layer_cycle_interval, or give the parameters"
+            )
         wide = [layer.index for layer in found if _head_dim(layer) == self.config.global_head_dim]
-        told = self.config.inhomogeneous_layer_cycle_interval > 1
-        return cycle if told or wide[:1] != [4] else cycle[1:]
+        return cycle[1:] if wide[:1] == [4] else cycle
 
     def layer_traits(self, found: Sequence[Layer], depth: int) -> list[Traits]:
         """The last layers use the keys and values of earlier ones."""
