@@ -1,5 +1,6 @@
 """Kernels against references written from the rules in plain numpy, element by element."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from portax import kernels
+from portax.arithmetic import Affine
 
 settings.register_profile("portax", deadline=None, max_examples=30)
 settings.load_profile("portax")
@@ -115,3 +117,49 @@ def test_raw_bfloat16_is_its_bits_and_back():
 def test_other_floats_travel_as_they_are(dtype):
     x = jnp.ones(3, dtype)
     assert kernels.raw(x) is kernels.cooked(x) is kernels.seal(x, jnp.array(False)) is x
+
+
+@given(st.lists(sizes, min_size=1, max_size=4), sizes, sizes)
+def test_ungroup_collects_each_product_from_every_group(widths, groups, rows):
+    grouped = numbered(rows, groups * sum(widths))
+    parts = kernels.ungroup(jnp.array(grouped), groups=groups, widths=tuple(widths))
+    for i, (part, width) in enumerate(zip(parts, widths, strict=True)):
+        starts = [group * sum(widths) + sum(widths[:i]) for group in range(groups)]
+        want = [grouped[:, start + column] for start in starts for column in range(width)]
+        np.testing.assert_array_equal(part, np.stack(want, axis=1))
+
+
+@given(sizes, sizes, sizes)
+def test_deinterleave_puts_the_first_of_every_pair_in_front(rows, heads, pairs):
+    x = numbered(rows, heads, 2 * pairs)
+    halves = np.asarray(kernels.deinterleave(jnp.array(x)))
+    for pair in range(pairs):
+        np.testing.assert_array_equal(halves[..., pair], x[..., 2 * pair])
+        np.testing.assert_array_equal(halves[..., pairs + pair], x[..., 2 * pair + 1])
+
+
+@given(attention())
+def test_biases_are_packed_as_the_columns_that_they_are_added_to(shape):
+    heads, kv, tp, dim, gate = shape
+    q, k, v = numbered(heads, dim * gate), numbered(kv, dim, start=10**6), numbered(kv, dim, start=2 * 10**6)
+    packed = [
+        kernels.pack_qkv(jnp.array(x), jnp.array(y), jnp.array(z), shards=tp, replicate_kv=True)
+        for x, y, z in ((q, k, v), (q[None], k[None], v[None]))
+    ]
+    np.testing.assert_array_equal(packed[0], packed[1][0])
+
+
+@pytest.mark.parametrize(
+    ("affine", "reference"),
+    [
+        (Affine(minus=1.0), lambda x: x - np.float32(1)),
+        (Affine(times=11.3137), lambda x: x * np.float32(11.3137)),
+        (Affine(over=53.0660), lambda x: x * (np.float32(1) / np.float32(53.0660))),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_affine_values_are_computed_in_float32_and_rounded_once(affine, reference, dtype):
+    x = np.random.default_rng(0).standard_normal(4096).astype(np.float32).astype(dtype)
+    got = kernels.cooked(jax.jit(affine)(kernels.raw(jnp.asarray(x))))
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(got), reference(x.astype(np.float32)).astype(dtype))

@@ -142,9 +142,8 @@ def test_host_arrays_and_trainer_shapes_known_beforehand(compilations):
     }
     sync, state, _, golden = made(DENSE, params=shapes)
     with compilations.measured() as compiled:
-        report = sync(params)
+        sync(params)
     assert compiled == [0]
-    assert report.seconds["compile"] < 0.2
     assert wrong(state, golden) == []
     sync(filled(DENSE))
     assert wrong(state, golden) == []

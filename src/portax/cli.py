@@ -29,6 +29,7 @@ from portax.errors import ConfigError, PlanError, PortaxError
 from portax.golden import Comparison, Golden, compare
 from portax.models import converter_for, families
 from portax.resources import config_path, configs
+from portax.tables import size
 
 _LAYOUTS = {"tpu-inference": layouts.TpuInference, "canonical": layouts.Canonical, "huggingface": layouts.HuggingFace}
 
@@ -156,7 +157,7 @@ def _convert(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     files.write_weights(args.out, weights)
     summary = {"out": args.out, "leaves": len(weights), "bytes": plan.bytes_out, "seconds": round(seconds, 3)}
-    text = f"{len(weights)} leaves, {report.size(plan.bytes_out)}, converted in {seconds:.1f} s; written to {args.out}"
+    text = f"{len(weights)} leaves, {size(plan.bytes_out)}, converted in {seconds:.1f} s; written to {args.out}"
     _print(json.dumps(summary) if args.json else text)
     return 0
 

@@ -13,8 +13,8 @@ from portax.base import BaseConverter
 from portax.fingerprint import fingerprints
 from portax.live import EngineState
 from portax.names import fold
-from portax.report import new_table
 from portax.sync import WeightSync
+from portax.tables import new_table
 
 
 @dataclasses.dataclass(frozen=True)

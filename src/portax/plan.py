@@ -3,9 +3,13 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Iterable
 
 import numpy as np
 from jax.sharding import PartitionSpec
+
+from portax.names import family, fold
+from portax.tables import new_table, render, size
 
 PROGRAMS_IN_FLIGHT = 2  # how many layers a conversion works on at a time, beside what is finished
 
@@ -85,9 +89,31 @@ class Plan:
         return {entry.name: entry.tied_to for entry in self.entries if entry.tied_to is not None}
 
     def __str__(self) -> str:
-        from portax import report
-
-        return report.plan_table(self)
+        table = new_table("engine leaf", ("count", "right"), "shape", "dtype", "spec", "from", ("bytes", "right"))
+        for entries in _families(self.entries).values():
+            first = entries[0]
+            table.add_row(
+                "\n".join(fold(entry.name for entry in entries)),
+                str(len(entries)),
+                str(list(first.shape)),
+                first.dtype.name,
+                spec_text(first.spec),
+                "\n".join(fold(source for entry in entries for source in entry.sources)),
+                size(sum(entry.nbytes for entry in entries)),
+            )
+        lines = [
+            f"layout        {self.layout}",
+            f"bytes         {size(self.bytes_in)} in, {size(self.bytes_out)} out",
+            f"planned peak  {size(self.peak_bytes)} over all devices: source, results, "
+            f"{size(self.working_bytes)} for the layers in work",
+        ]
+        lines += [f"cast          {cast}: {len(names)} leaves" for cast, names in self.casts.items()]
+        lines += [f"tied          {name} repeats {to}" for name, to in self.ties.items()]
+        if self.ignored:
+            lines.append(f"ignored       {len(self.ignored)} variables of the trainer that are no parameters")
+        if self.engine_owned:
+            lines.append("engine-owned  " + ", ".join(fold(self.engine_owned)))
+        return render(table) + "\n".join(lines)
 
     def to_json(self) -> str:
         """All of the plan as one JSON object."""
@@ -111,3 +137,10 @@ class Plan:
 def spec_text(spec: PartitionSpec) -> str:
     """A partitioning as people write it: `P(None, 'model')`."""
     return f"P({', '.join(repr(axis) for axis in spec)})"
+
+
+def _families(entries: Iterable[Entry]) -> dict[tuple, list[Entry]]:
+    groups: dict[tuple, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((family(entry.name), entry.shape, entry.dtype, str(entry.spec)), []).append(entry)
+    return groups

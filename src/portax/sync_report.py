@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import jax
 
 from portax.names import fold
-from portax.report import new_table, render, size
+from portax.tables import new_table, render, size
 
 PHASES = ("plan", "compile", "convert", "transfer", "assign", "verify")
 
