@@ -15,6 +15,7 @@ from portax.base import BaseConverter
 from portax.errors import PlanError, Problem, SyncError
 from portax.execute import Arrays, Conversion, Job, check_arrays, device_order, on_sharding
 from portax.fingerprint import fingerprints
+from portax.names import numbers
 from portax.sync_report import PHASES, SyncReport, Torn, Verification, peak_bytes
 
 _NEVER = 0  # the attempt that no leaf was written by
@@ -87,7 +88,8 @@ class WeightSync:
 
         Raises:
             PlanError: The trainer's tree or the engine's leaves are not what they should be; nothing was written.
-            SyncError: Another sync is running, or leaves differ afterwards (with `verify=True`).
+            SyncError: Another sync is running, the engine is on other processes, or leaves differ afterwards (with
+                `verify=True`).
         """
         if not self._lock.acquire(blocking=False):
             raise SyncError("a sync is running; wait for it: two at once would write the same buffers")
@@ -152,6 +154,7 @@ class WeightSync:
     def _checked(self, params: Any) -> Conversion:
         conversion = self._converter.conversion(params)
         check_arrays(conversion.state)
+        self._check_processes(conversion)
         self._engine.check()
         held = self._engine.buffers()
         shared = [
@@ -167,6 +170,18 @@ class WeightSync:
         if shared:
             raise PlanError(shared)
         return conversion
+
+    def _check_processes(self, conversion: Conversion) -> None:
+        leaves = [leaf for leaf in conversion.state.leaves.values() if isinstance(leaf, jax.Array)]
+        devices: set[jax.Device] = set().union(*(leaf.sharding.device_set for leaf in leaves))
+        trainers = {device.process_index for device in devices}
+        engines = {device.process_index for device in self._engine.devices()}
+        if trainers and trainers != engines:
+            raise SyncError(
+                f"the trainer's arrays are on processes {numbers(sorted(trainers))} and the engine's on "
+                f"{numbers(sorted(engines))}: JAX moves no arrays between sets of processes here. Keep a copy in the "
+                "engine's layout on the trainer's side, portax.Staging(converter, mesh), and let a transport move it"
+            )
 
     def _compile(self, conversion: Conversion) -> None:
         for job in conversion.jobs(self._bucket_bytes):

@@ -1,0 +1,70 @@
+"""One of several processes that sync together: `test_processes.py` starts them. Prints one line of JSON."""
+
+import json
+import os
+import pathlib
+import sys
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import portax
+from portax.golden import Tree
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "qwen3-30b-a3b.scan"
+
+
+def spread(leaf, mesh, spec):
+    """A global array of which every process holds its part, in buffers of its own."""
+    sharding = NamedSharding(mesh, spec)
+    placed = jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index], dtype=leaf.dtype)
+    return jax.jit(jnp.copy, out_shardings=sharding)(placed)
+
+
+def cut(leaf, mesh):
+    axes, spec = list(mesh.shape.items()), [None] * leaf.ndim
+    for i in reversed(range(leaf.ndim)):
+        if axes and leaf.shape[i] % axes[-1][1] == 0:
+            spec[i] = axes.pop()[0]
+    return PartitionSpec(*spec)
+
+
+def main(where, rank, count, port):
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8 // count)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", count, rank)
+    devices = np.array(jax.devices())
+    trainers, engines = (devices, devices) if where == "together" else np.split(devices, 2)
+    trainer = Mesh(trainers.reshape(-1, 2), ("fsdp", "tensor"))
+    engine = Mesh(engines.reshape(-1, 2), ("data", "model"))
+    tree = Tree.load(GOLDEN / "source.json")
+    host = tree.fill()
+    converter = portax.converter_for(tree.config, layout=portax.layouts.TpuInference(version="0.32", tp=2))
+    rows = json.loads((GOLDEN / "tpu-inference-0.32.0.tp2.json").read_text())["leaves"]
+    params = {path: spread(leaf, trainer, cut(leaf, trainer)) for path, leaf in host.items()}
+    state = {
+        name: spread(np.ones(row["shape"], jnp.dtype(row["dtype"])), engine, PartitionSpec(*row["spec"]))
+        for name, row in rows.items()
+    }
+    sync = portax.WeightSync(converter, state, verify=True)
+    try:
+        reports = [sync(params) for _ in range(2)]
+    except portax.SyncError as error:
+        return {"error": str(error)}
+    expected = {name: np.asarray(leaf) for name, leaf in converter.convert(host).items()}
+    wrong = [
+        name
+        for name, leaf in expected.items()
+        for shard in state[name].addressable_shards
+        if np.asarray(shard.data).tobytes() != leaf[shard.index].tobytes()
+    ]
+    return {"version": reports[-1].version, "verified": str(reports[-1].verification), "wrong": wrong}
+
+
+if __name__ == "__main__":
+    found = main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    sys.stdout.write(json.dumps(found) + "\n")

@@ -1,0 +1,44 @@
+"""Syncs of several real processes under `jax.distributed`, each with its part of every array."""
+
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+WORKER = pathlib.Path(__file__).parent / "process_worker.py"
+
+
+def run(where, count):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", WORKER, where, str(rank), str(count), str(port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=240) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0] * count, outputs[0][1][-3000:]
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_trainer_and_engine_on_the_same_processes(count):
+    assert run("together", count) == [{"version": 2, "verified": "39 leaves, all equal", "wrong": []}] * count
+
+
+def test_trainer_and_engine_on_different_processes_are_told_the_way():
+    for found in run("apart", 2):
+        assert "the trainer's arrays are on processes 0 and the engine's on 1" in found["error"]
+        assert "portax.Staging" in found["error"]
