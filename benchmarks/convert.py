@@ -105,13 +105,14 @@ def main() -> None:
     parser.add_argument(
         "--python", default="python3.12", help="Python 3.12 or newer to make MaxText's environment with"
     )
+    parser.add_argument("--converters", nargs="+", default=["portax", "maxtext", "maxtext-table"], metavar="NAME")
     parser.add_argument("--repeat", type=int, default=5, help="warm calls of each converter")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write all figures here")
     args = parser.parse_args()
     interpreters = {"portax": sys.executable}
     console = Console(width=210)
     results = []
-    for converter, devices, mesh in ROWS[args.model]:
+    for converter, devices, mesh in (row for row in ROWS[args.model] if row[0] in args.converters):
         if converter not in interpreters:
             interpreters[converter] = peer_python(args.model, args.python)
         with Console(stderr=True).status(f"{converter}, {devices} devices"):

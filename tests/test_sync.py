@@ -108,8 +108,7 @@ MESHES = {
 
 
 @pytest.mark.parametrize("atomic", [False, True])
-@pytest.mark.parametrize("meshes", MESHES)
-@pytest.mark.parametrize("name", [MOE, DENSE])
+@pytest.mark.parametrize(("name", "meshes"), list(zip(itertools.cycle([MOE, DENSE]), MESHES, strict=False)))
 def test_wherever_trainer_and_engine_are(name, meshes, atomic, compilations):
     grid, trainer, trainer_axes, engine, engine_axes = MESHES[meshes]
     on = grid(*engine, **engine_axes)
@@ -126,6 +125,23 @@ def test_wherever_trainer_and_engine_are(name, meshes, atomic, compilations):
     if not atomic:
         assert all(addresses(state[path]) == place for path, (place, _) in before.items())
     assert (report.bytes_moved > 0) == (trainer != engine)
+
+
+def test_meshes_of_explicit_axes():
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    devices = np.array(jax.devices()).reshape(4, 2)
+    trainer = Mesh(devices, ("fsdp", "tensor"), axis_types=explicit)
+    engine = Mesh(devices, ("data", "model"), axis_types=explicit)
+    params = sharded(filled(DENSE), trainer)
+    shapes = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for path, leaf in params.items()
+    }
+    sync, state, _, golden = made(DENSE, on=engine, params=shapes)
+    shardings = {path: leaf.sharding for path, leaf in state.items()}
+    for _ in range(2):
+        sync(params)
+    assert wrong(state, golden) == []
+    assert {path: leaf.sharding for path, leaf in state.items()} == shardings
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 20_000, 2**30])

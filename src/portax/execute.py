@@ -186,7 +186,7 @@ class Executor:
 
     def _call(self, job: Job, targets: tuple[Sharding, ...] | None, *, donating: bool) -> "_Call":
         kind, arrays, position = _operands(job, self._hooks.config.param_scan_axis)
-        source = job.source_sharding
+        source = next((leaf.sharding for leaf in arrays if getattr(leaf, "sharding", None) is not None), None)
         reached = _reachable(source, targets)
         wanted = reached and tuple(_auto_sharding(target) for target in reached)
         sliced = _sliced_shardings(kind, arrays, self._hooks.config.param_scan_axis)
@@ -329,8 +329,10 @@ def _mesh(sharding: Sharding) -> Mesh | None:
 
 
 def _automatic(leaf: Any) -> Any:
-    if not isinstance(leaf, jax.Array) or (sharding := _auto_sharding(leaf.sharding)) == leaf.sharding:
+    if (own := getattr(leaf, "sharding", None)) is None or (sharding := _auto_sharding(own)) == own:
         return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return on_sharding(leaf, sharding)
 
 
