@@ -14,14 +14,37 @@ def differences(weights, golden):
     return [f"{row.name}: {row.difference}" for row in compare(weights, golden) if row.difference]
 
 
-@pytest.mark.parametrize(("name", "file"), ENGINES, ids=["/".join(pair) for pair in ENGINES])
-def test_reproduces_the_engines_state(name, file):
+SPREAD = [  # one of each kind: compiling for eight devices takes its time
+    ("gemma4-26b.scan", "tpu-inference-0.32.0.tp8.json"),
+    ("gemma4-31b.scan", "tpu-inference-0.32.0.tp8.json"),
+    ("gemma4-e2b.unscan", "tpu-inference-0.32.0.tp8.json"),
+    ("qwen3.5-35b-a3b.scan", "tpu-inference-0.32.0.tp8.json"),
+    *(("qwen3-30b-a3b.scan", f"tpu-inference-0.32.0.{tp}.json") for tp in ("tp8", "tp4.ep", "tp4.fused")),
+    ("qwen3-30b-a3b.scan", "tpu-inference-0.20.0.tp8.json"),
+    ("qwen3-8b.unscan", "tpu-inference-0.32.0.tp8.json"),
+    ("qwen3-next-80b-a3b.scan", "tpu-inference-0.32.0.tp8.json"),
+    ("qwen2.5-7b.scan", "tpu-inference-0.32.0.tp8.json"),
+    ("llama3.1-70b.scan", "tpu-inference-0.32.0.tp8.json"),
+    ("gemma3-4b.scan", "tpu-inference-0.32.0.tp8.json"),
+]
+
+
+def reproduces(name, file, params):
     golden = Golden.load(GOLDEN / name / file)
     converter = portax.converter_for(tree(name).config, layout=golden.layout, mesh=engine_mesh(golden.layout.tp))
-    params = sharded(filled(name), mesh(fsdp=4, tensor=2))
     weights = converter.convert(params)
     assert differences(weights, golden) == []
     assert {leaf.sharding.mesh for leaf in weights.values()} == {converter.mesh}
+
+
+@pytest.mark.parametrize(("name", "file"), ENGINES, ids=["/".join(pair) for pair in ENGINES])
+def test_reproduces_the_engines_state(name, file):
+    reproduces(name, file, {path: jnp.asarray(leaf) for path, leaf in filled(name).items()})
+
+
+@pytest.mark.parametrize(("name", "file"), SPREAD, ids=["/".join(pair) for pair in SPREAD])
+def test_reproduces_it_from_a_trainer_that_is_spread_over_the_devices(name, file):
+    reproduces(name, file, sharded(filled(name), mesh(fsdp=4, tensor=2)))
 
 
 @pytest.mark.parametrize("name", TREES)

@@ -1,6 +1,7 @@
 """Writing into a live engine: in place, exactly, provably, and never torn unnoticed."""
 
 import contextlib
+import gc
 import itertools
 import json
 import threading
@@ -168,11 +169,12 @@ def test_host_arrays_and_trainer_shapes_known_beforehand(compilations):
 def test_memory_and_arrays_stay_flat_over_many_syncs():
     sync, _, params, _ = made("qwen3-0.6b.scan")
     sync(params)
-    counts = []
+    gc.collect()  # what other tests left behind may go at any time; nothing may come
+    arrays, size = len(jax.live_arrays()), sum(leaf.nbytes for leaf in jax.live_arrays())
     for _ in range(100):
         sync(params)
-        counts.append((len(jax.live_arrays()), sum(leaf.nbytes for leaf in jax.live_arrays())))
-    assert len(set(counts)) == 1
+        assert len(jax.live_arrays()) <= arrays
+        assert sum(leaf.nbytes for leaf in jax.live_arrays()) <= size
     assert sync.version == 101
 
 
