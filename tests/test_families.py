@@ -268,6 +268,13 @@ def test_configs_that_no_tree_could_mend(name, change, match):
         portax.converter_for(dict(tree(name).config, **change), layout=TP2)
 
 
+def test_experts_in_a_family_that_has_none():
+    config = dict(tree("qwen2.5-7b.scan").config, num_experts=8, moe_mlp_dim=96)
+    converter = portax.converter_for(config, layout=TP2)
+    with pytest.raises(portax.ConfigError, match="num_experts=8: Qwen2Converter converts no mixtures of experts"):
+        converter.plan(filled("qwen2.5-7b.scan"))
+
+
 def test_gemma4_small_without_a_tree_or_a_cycle():
     converter = portax.converter_for(tree("gemma4-e4b.unscan").config, layout=TP2)
     with pytest.raises(portax.ConfigError, match=r"5 .E2B. or 6 layers .E4B., and this config does not say which"):

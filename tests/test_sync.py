@@ -375,6 +375,26 @@ def test_an_engine_that_was_restarted_with_other_weights():
         sync(params)
 
 
+def test_an_engine_that_lost_a_leaf():
+    sync, state, params, _ = made(DENSE)
+    del state[NORM]
+    with pytest.raises(portax.PlanError, match=r"norm.weight: found nothing; expected a jax.Array, as when"):
+        sync(params)
+
+
+def test_an_engine_that_rebinds_its_state():
+    """As tpu-inference does when it loads adapters: what was written into the old mapping would never be seen."""
+    on = grid(0, 8, data=4, model=2)
+    held = {"state": scrambled(DENSE, 2, on)}
+    converter = portax.converter_for(tree(DENSE).config, layout=TpuInference(version="0.32", tp=2))
+    sync = portax.WeightSync(converter, lambda: held["state"])
+    params = sharded(filled(DENSE), grid(0, 8, fsdp=4, tensor=2))
+    sync(params)
+    held["state"] = scrambled(DENSE, 2, on, seed=1)
+    sync(params)
+    assert wrong(held["state"], golden_of(DENSE, 2)) == []
+
+
 def test_an_engine_that_was_given_the_trainers_arrays():
     sync, state, params, _ = made(DENSE)
     params["base/decoder/decoder_norm/scale"] = state[NORM]

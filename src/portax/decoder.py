@@ -10,6 +10,7 @@ from jaxtyping import Array, Shaped
 from portax import blocks, layers
 from portax.arithmetic import Affine
 from portax.config import ModelConfig
+from portax.errors import ConfigError
 from portax.leaves import Leaves
 
 Blocks: TypeAlias = tuple[blocks.Block, ...]
@@ -88,7 +89,9 @@ class PlainDecoder:
 
     def moe(self, layer: Leaves) -> Blocks:
         """Router and experts of a mixture-of-experts layer."""
-        raise NotImplementedError(f"{type(self).__name__} says nothing of mixture-of-experts layers")
+        raise ConfigError(
+            f"num_experts={self.config.num_experts}: {type(self).__name__} converts no mixtures of experts"
+        )
 
     def layer_blocks(self, layer: Leaves) -> Blocks:
         """All of one layer."""

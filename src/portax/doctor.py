@@ -60,7 +60,7 @@ def examine(converter: BaseConverter, engine_state: Any, params: Any, **options:
         stale = [
             name
             for name, mark in zip(written, fingerprints(after[name] for name in written), strict=True)
-            if mark == marks[name]
+            if mark in (None, marks[name])
         ]
         yield Check(f"sync {round_}: every trainer-owned leaf is new", not stale, _tally(stale, len(written)))
         moved = [name for name in written if _addresses(after[name]) != places[name]]

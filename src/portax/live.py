@@ -16,16 +16,23 @@ from portax.trainer_state import unbox
 class EngineState:
     """An engine's leaves by full name, in whatever mapping the engine keeps them.
 
-    Nothing is cached but what the planned leaves look like: an engine may replace its arrays between two syncs.
+    Nothing outlives a sync but what the planned leaves look like: an engine may replace its arrays, and, if it is given
+    as a function, the whole mapping.
     """
 
     def __init__(self, state: Any):
-        """Wraps a flat or nested mapping of arrays or of boxes with arrays, such as an `nnx.State`."""
+        """Wraps a mapping of arrays or of boxes with arrays, such as an `nnx.State`, or a function that returns it."""
+        self._find = state if callable(state) else lambda: state
+        self.refresh()
+        self._shapes: dict[str, jax.ShapeDtypeStruct] = {}
+
+    def refresh(self) -> None:
+        """Finds the mapping, and the leaves in it, anew."""
+        state = self._find()
         if not isinstance(state, Mapping):
             found, cause = f"a {type(state).__name__}", "pass the runner's `state`, not the runner or its model"
             raise PlanError([Problem("engine_state", found, "a mapping of arrays", cause)])
         self._cells = dict(_cells(state))
-        self._shapes: dict[str, jax.ShapeDtypeStruct] = {}
 
     def leaves(self) -> dict[str, Shaped[Array, "..."]]:
         """All leaves, as they are now."""
@@ -56,10 +63,16 @@ class EngineState:
 
     def check(self) -> None:
         """Raises a `PlanError` if a leaf is not held as it was when the sync was made."""
+        self.refresh()
         leaves = self.leaves()
         problems = []
         for name, shape in self._shapes.items():
-            leaf = leaves[name]
+            leaf = leaves.get(name)
+            if not isinstance(leaf, jax.Array):
+                found = "nothing" if leaf is None else f"a {type(leaf).__name__}"
+                cause = "the engine was restarted, or its state was changed by hand: make a new WeightSync"
+                problems.append(Problem(name, found, "a jax.Array, as when the sync was made", cause))
+                continue
             if leaf.is_deleted():
                 continue  # lost by a sync that failed; `take` makes a new one
             if (leaf.shape, leaf.dtype) != (shape.shape, shape.dtype) or not leaf.sharding.is_equivalent_to(

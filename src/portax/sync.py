@@ -50,7 +50,8 @@ class WeightSync:
 
         Args:
             converter: Says what the engine should hold.
-            engine_state: The live mapping: a flat dict of arrays, or an `nnx.State`. It is written to.
+            engine_state: The live mapping, a flat dict of arrays or an `nnx.State`, or a function that returns it, for
+                engines that may replace it. It is written to.
             params: The trainer's parameters, or their shapes with shardings: plans and compiles for them now, and not
                 in the first sync.
             bucket_bytes: Most bytes in work at a time.

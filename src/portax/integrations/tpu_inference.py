@@ -86,9 +86,17 @@ def wrapper(engine: Any) -> str:
 
     Args:
         engine: As for `model_runner`.
+
+    Raises:
+        LayoutError: No leaf is a token embedding.
     """
     names = [re.fullmatch(r"vllm_model\.(.*)model\.embed_tokens\.weight", name) for name in engine_state(engine)]
-    return next(match[1] for match in names if match)
+    found = [match[1] for match in names if match]
+    if not found:
+        raise LayoutError(
+            "the engine's state has no leaf vllm_model.*model.embed_tokens.weight: is it a language model?"
+        )
+    return found[0]
 
 
 def weight_sync(engine: Any, config: Any, **options: Any) -> WeightSync:
@@ -108,7 +116,7 @@ def weight_sync(engine: Any, config: Any, **options: Any) -> WeightSync:
         ...     sync(params)
     """
     converter = converter_for(config, layout=layout(engine), wrapper=wrapper(engine))
-    return WeightSync(converter, engine_state(engine), **options)
+    return WeightSync(converter, lambda: engine_state(engine), **options)  # the runner may rebind its state
 
 
 @contextlib.contextmanager
