@@ -269,7 +269,7 @@ def test_configs_that_no_tree_could_mend(name, change, match):
 
 
 def test_experts_in_a_family_that_has_none():
-    config = dict(tree("qwen2.5-7b.scan").config, num_experts=8, moe_mlp_dim=96)
+    config = sized(tree("qwen2.5-7b.scan").config, num_experts=8, moe_mlp_dim=96)
     converter = portax.converter_for(config, layout=TP2)
     with pytest.raises(portax.ConfigError, match="num_experts=8: Qwen2Converter converts no mixtures of experts"):
         converter.plan(filled("qwen2.5-7b.scan"))
