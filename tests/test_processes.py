@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -34,11 +35,15 @@ def run(where, count):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_trainer_and_engine_on_the_same_processes(count):
-    assert run("together", count) == [{"version": 2, "verified": "39 leaves, all equal", "wrong": []}] * count
+@pytest.mark.parametrize("where", ["together", "apart"])
+def test_trainer_and_engine_on_the_same_processes_and_on_different_ones(where, count):
+    good = {"version": 2, "verified": "39 leaves, all equal", "wrong": [], "compiled again": 0, "elsewhere": []}
+    assert run(where, count) == [good] * count
 
 
-def test_trainer_and_engine_on_different_processes_are_told_the_way():
-    for found in run("apart", 2):
-        assert "the trainer's arrays are on processes 0 and the engine's on 1" in found["error"]
+def test_different_processes_with_unlike_numbers_of_devices():
+    for found in run("uneven", 4):
+        assert re.search(
+            r"trainer has 2 devices, on process 0, and the engine 6, on processes \{1...3\}", found["error"]
+        )
         assert "portax.Staging" in found["error"]

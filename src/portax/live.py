@@ -1,5 +1,6 @@
 """The live mapping of an engine's leaves: read, checked, and written in place."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Shaped
 
 from portax.errors import PlanError, Problem
+from portax.execute import device_order
 from portax.plan import Plan
 from portax.trainer_state import unbox
 
@@ -95,8 +97,11 @@ class EngineState:
         leaf = unbox(node[key])
         if not leaf.is_deleted():
             return leaf
-        shape = self._shapes[name]
-        return jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=shape.sharding)()
+        return self.new([name])[0]
+
+    def new(self, names: Sequence[str]) -> tuple[Shaped[Array, "..."], ...]:
+        """Arrays of zeros as the leaves of these names are held, beside them."""
+        return tuple(map(_zeros, self.shapes(names)))
 
     def assign(self, leaves: Mapping[str, Shaped[Array, "..."]]) -> None:
         """Puts finished leaves in their places."""
@@ -108,9 +113,17 @@ class EngineState:
             else:
                 (getattr(box, "set_value", None) or _setter(box))(leaf)
 
+    def shapes(self, names: Sequence[str]) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes, dtypes and shardings of the planned leaves of these names."""
+        return tuple(self._shapes[name] for name in names)
+
     def shardings(self, names: Sequence[str]) -> tuple[Sharding, ...]:
         """How the planned leaves of these names are partitioned."""
         return tuple(self._shapes[name].sharding for name in names)
+
+    def device_order(self) -> tuple[jax.Device, ...]:
+        """The devices that hold planned leaves, as programs number them."""
+        return device_order(next(iter(self._shapes.values())).sharding)
 
     def devices(self) -> set[jax.Device]:
         """All devices that hold planned leaves."""
@@ -135,3 +148,14 @@ def _cells(node: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[str, tuple[A
 
 def _setter(box: Any) -> Callable[[Any], None]:
     return lambda leaf: setattr(box, "value", leaf)
+
+
+def _zeros(shape: jax.ShapeDtypeStruct) -> Shaped[Array, "..."]:
+    if not shape.sharding.addressable_devices:
+        return jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, [], dtype=shape.dtype)
+    return _zeros_program(shape.shape, shape.dtype, shape.sharding)()
+
+
+@functools.cache
+def _zeros_program(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Any:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)

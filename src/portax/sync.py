@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 
 from portax import live
 from portax.base import BaseConverter
+from portax.bridge import Bridge, bridge_between
 from portax.errors import PlanError, Problem, SyncError
 from portax.execute import Arrays, Conversion, Job, check_arrays, device_order, on_sharding
 from portax.fingerprint import fingerprints
-from portax.names import numbers
 from portax.sync_report import PHASES, SyncReport, Torn, Verification, peak_bytes
 
 _NEVER = 0  # the attempt that no leaf was written by
@@ -75,8 +76,9 @@ class WeightSync:
         self._attempt = _NEVER
         self._written_by: dict[str, int | None] = dict.fromkeys((entry.name for entry in plan.entries), _NEVER)
         self._cause = ""
+        self._bridge: Bridge | None = None
         if params is not None:
-            self._compile(converter.conversion(params))
+            self._compile(self._planned(params))
 
     def __call__(self, params: Any) -> SyncReport:
         """Writes the trainer's weights into the engine.
@@ -152,10 +154,16 @@ class WeightSync:
             verification=verification,
         )
 
-    def _checked(self, params: Any) -> Conversion:
+    def _planned(self, params: Any) -> Conversion:
         conversion = self._converter.conversion(params)
+        shardings = (getattr(leaf, "sharding", None) for leaf in conversion.state.leaves.values())
+        source = next((device_order(sharding) for sharding in shardings if sharding is not None), ())
+        self._bridge = bridge_between(source, self._engine.device_order(), self._bridge)
+        return conversion
+
+    def _checked(self, params: Any) -> Conversion:
+        conversion = self._planned(params)
         check_arrays(conversion.state)
-        self._check_processes(conversion)
         self._engine.check()
         held = self._engine.buffers()
         shared = [
@@ -172,21 +180,12 @@ class WeightSync:
             raise PlanError(shared)
         return conversion
 
-    def _check_processes(self, conversion: Conversion) -> None:
-        leaves = [leaf for leaf in conversion.state.leaves.values() if isinstance(leaf, jax.Array)]
-        devices: set[jax.Device] = set().union(*(leaf.sharding.device_set for leaf in leaves))
-        trainers = {device.process_index for device in devices}
-        engines = {device.process_index for device in self._engine.devices()}
-        if trainers and trainers != engines:
-            raise SyncError(
-                f"the trainer's arrays are on processes {numbers(sorted(trainers))} and the engine's on "
-                f"{numbers(sorted(engines))}: JAX moves no arrays between sets of processes here. Keep a copy in the "
-                "engine's layout on the trainer's side, portax.Staging(converter, mesh), and let a transport move it"
-            )
-
     def _compile(self, conversion: Conversion) -> None:
         for job in conversion.jobs(self._bucket_bytes):
-            conversion.compile(job, self._shardings(job), donating=self._in_place(job))
+            if self._bridge is not None:
+                self._bridge.compile(self._engine.shapes([entry.name for entry in job.entries]))
+            if self._bridge is None or self._bridge.sends:
+                conversion.compile(job, self._shardings(job), donating=self._in_place(job))
 
     def _write(self, conversion: Conversion, seconds: dict[str, float]) -> int:
         """Converts and assigns; the next job converts while the last one moves. Returns the bytes moved."""
@@ -197,17 +196,15 @@ class WeightSync:
             names = [entry.name for entry in job.entries]
             with _timed(seconds, "convert"):
                 donors = self._take(names) if self._in_place(job) else ()
-                made = jax.block_until_ready(conversion.make(job, self._shardings(job), donors))
+                made = jax.block_until_ready(self._make(conversion, job, donors))
             if donors:
                 ready = dict(zip(names, made, strict=True))
             else:
                 with _timed(seconds, "transfer"):
                     ready |= jax.block_until_ready(moving)
-                    arrived = jax.device_put(made, self._shardings(job))
-                    moved += job.nbytes * (arrived[0].sharding.device_set != made[0].sharding.device_set)
-                    settled = arrived if self._atomic else _settled(arrived, self._take(names))
-                    settled = tuple(map(on_sharding, settled, self._shardings(job)))
-                    moving = dict(zip(names, settled, strict=True))
+                    arrived = self._carried(job, made)
+                    moved += job.nbytes * (not made or arrived[0].sharding.device_set != made[0].sharding.device_set)
+                    moving = dict(zip(names, map(on_sharding, arrived, self._shardings(job)), strict=True))
             if not self._atomic:
                 self._assign(ready, seconds)
                 ready = {}
@@ -215,6 +212,20 @@ class WeightSync:
             ready |= jax.block_until_ready(moving)
         self._assign(ready, seconds)
         return moved
+
+    def _make(self, conversion: Conversion, job: Job, donors: Arrays = ()) -> Arrays:
+        if self._bridge is not None and not self._bridge.sends:
+            return ()
+        return conversion.make(job, self._shardings(job), donors)
+
+    def _carried(self, job: Job, made: Arrays) -> Arrays:
+        """What was made, on the engine's devices, and in its buffers unless a sync is to switch them all at once."""
+        names = [entry.name for entry in job.entries]
+        if self._bridge is not None:
+            donors = self._engine.new(names) if self._atomic else self._take(names)
+            return self._bridge.carry(made, donors, self._engine.shapes(names))
+        arrived = jax.device_put(made, self._shardings(job))
+        return arrived if self._atomic else _settled(arrived, self._take(names))
 
     def _assign(self, leaves: dict[str, jax.Array], seconds: dict[str, float]) -> None:
         with _timed(seconds, "assign"):
@@ -231,9 +242,16 @@ class WeightSync:
         different = []
         for job in conversion.jobs(self._bucket_bytes):
             names = [entry.name for entry in job.entries]
-            expected = fingerprints(conversion.make(job, self._shardings(job)))
-            held = fingerprints(engine[name] for name in names)
-            different += [name for name, a, b in zip(names, expected, held, strict=True) if a != b]
+            made = self._make(conversion, job)
+            if self._bridge is not None:
+                made = self._bridge.carry(made, self._engine.new(names), self._engine.shapes(names))
+            differ = np.zeros(len(names), bool)
+            if self._bridge is None or self._bridge.receives:
+                held = fingerprints(engine[name] for name in names)
+                differ = np.array([a != b for a, b in zip(fingerprints(made), held, strict=True)])
+            if self._bridge is not None:
+                differ = self._bridge.agreed(differ)
+            different += [name for name, differs in zip(names, differ, strict=True) if differs]
         return Verification(len(conversion.plan.entries), tuple(different))
 
     def _refuse(self, verification: Verification) -> None:
