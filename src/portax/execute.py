@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
 import jax
@@ -18,6 +18,7 @@ from portax.errors import PlanError, Problem
 from portax.layers import Kind, Layer, Section
 from portax.plan import PROGRAMS_IN_FLIGHT, Entry, Plan
 from portax.tracing import Hooks, hold, layer_leaves
+from portax.traffic import received_bytes
 from portax.trainer_state import TrainerState
 
 
@@ -97,9 +98,22 @@ class Conversion:
         """As `Executor.make`."""
         return self.executor.make(job, targets, donors)
 
-    def compile(self, job: Job, targets: tuple[Sharding, ...], *, donating: bool) -> None:
+    def compile(self, job: Job, targets: tuple[Sharding, ...], *, donating: bool) -> "Program":
         """As `Executor.compile`."""
-        self.executor.compile(job, targets, donating=donating)
+        return self.executor.compile(job, targets, donating=donating)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What makes the tensors of one kind of job.
+
+    Attributes:
+        compiled: To be called with the layer's arrays, its position, and donors.
+        received: Bytes that all devices together receive from others in one call; None if that cannot be read.
+    """
+
+    compiled: jax.stages.Compiled
+    received: int | None
 
 
 class Executor:
@@ -109,7 +123,7 @@ class Executor:
         self._hooks = hooks
         self._mesh = mesh
         self._programs: dict[Any, Any] = {}
-        self._compiled: dict[Any, Callable] = {}
+        self._compiled: dict[Any, Program] = {}
         self._positions: dict[Any, jax.Array] = {}
 
     def run(
@@ -156,14 +170,15 @@ class Executor:
             donors: Arrays whose buffers the results take over, partitioned as the targets on the source's devices.
         """
         call = self._call(job, targets, donating=bool(donors))
-        program = self._compiled.get(call.signature, call.program)
+        ahead = self._compiled.get(call.signature)
+        program = call.program if ahead is None else ahead.compiled
         position = self._placed(call.position, call.source)
         outputs = program(call.arrays, position, tuple(_automatic(donor) for donor in donors))
         if call.reached is None:
             return outputs
         return tuple(on_sharding(output, target) for output, target in zip(outputs, call.reached, strict=True))
 
-    def compile(self, job: Job, targets: tuple[Sharding, ...], *, donating: bool) -> None:
+    def compile(self, job: Job, targets: tuple[Sharding, ...], *, donating: bool) -> Program:
         """Compiles the program of one job, if that has not been done; shapes with shardings are enough.
 
         Args:
@@ -173,7 +188,7 @@ class Executor:
         """
         call = self._call(job, targets, donating=donating)
         if call.signature in self._compiled:
-            return
+            return self._compiled[call.signature]
         donors: tuple[jax.ShapeDtypeStruct, ...] = ()
         if donating:
             wanted = call.wanted or targets
@@ -182,7 +197,10 @@ class Executor:
                 for entry, sharding in zip(job.entries, wanted, strict=True)
             )
         position = self._placed(call.position, call.source)
-        self._compiled[call.signature] = call.program.lower(call.arrays, position, donors).compile()
+        compiled = call.program.lower(call.arrays, position, donors).compile()
+        devices = len(call.source.device_set) if call.source is not None else 1
+        self._compiled[call.signature] = Program(compiled, received_bytes(compiled.as_text(), devices))
+        return self._compiled[call.signature]
 
     def _call(self, job: Job, targets: tuple[Sharding, ...] | None, *, donating: bool) -> "_Call":
         kind, arrays, position = _operands(job, self._hooks.config.param_scan_axis)

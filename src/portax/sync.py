@@ -18,6 +18,7 @@ from portax.errors import PlanError, Problem, SyncError
 from portax.execute import Arrays, Conversion, Job, check_arrays, device_order, on_sharding
 from portax.fingerprint import fingerprints
 from portax.sync_report import PHASES, SyncReport, Torn, Verification, peak_bytes
+from portax.traffic import moved_bytes
 
 _NEVER = 0  # the attempt that no leaf was written by
 
@@ -129,7 +130,7 @@ class WeightSync:
         with _timed(seconds, "plan"):
             conversion = self._checked(params)
         with _timed(seconds, "compile"):
-            self._compile(conversion)
+            exchanged = self._compile(conversion)
         self._attempt += 1
         try:
             moved = self._write(conversion, seconds)
@@ -149,7 +150,7 @@ class WeightSync:
             seconds=seconds,
             bytes_read=plan.bytes_in,
             bytes_written=plan.bytes_out,
-            bytes_moved=moved,
+            bytes_moved=None if exchanged is None else exchanged + moved,
             peak_bytes=peak_bytes(self._engine.devices()),
             verification=verification,
         )
@@ -180,12 +181,17 @@ class WeightSync:
             raise PlanError(shared)
         return conversion
 
-    def _compile(self, conversion: Conversion) -> None:
+    def _compile(self, conversion: Conversion) -> int | None:
+        """Compiles what is not compiled yet. Returns the bytes that programs exchange between devices, if known."""
+        exchanged: list[int | None] = []
         for job in conversion.jobs(self._bucket_bytes):
             if self._bridge is not None:
-                self._bridge.compile(self._engine.shapes([entry.name for entry in job.entries]))
+                self._bridge.compile(self._shapes(job))
             if self._bridge is None or self._bridge.sends:
-                conversion.compile(job, self._shardings(job), donating=self._in_place(job))
+                program = conversion.compile(job, self._shardings(job), donating=self._in_place(job))
+                exchanged.append(program.received)
+        known = [size for size in exchanged if size is not None]
+        return sum(known) if len(known) == len(exchanged) else None
 
     def _write(self, conversion: Conversion, seconds: dict[str, float]) -> int:
         """Converts and assigns; the next job converts while the last one moves. Returns the bytes moved."""
@@ -203,7 +209,8 @@ class WeightSync:
                 with _timed(seconds, "transfer"):
                     ready |= jax.block_until_ready(moving)
                     arrived = self._carried(job, made)
-                    moved += job.nbytes * (not made or arrived[0].sharding.device_set != made[0].sharding.device_set)
+                    sources = [array.sharding for array in made] or [None] * len(names)
+                    moved += sum(map(moved_bytes, self._shapes(job), sources))
                     moving = dict(zip(names, map(on_sharding, arrived, self._shardings(job)), strict=True))
             if not self._atomic:
                 self._assign(ready, seconds)
@@ -223,7 +230,7 @@ class WeightSync:
         names = [entry.name for entry in job.entries]
         if self._bridge is not None:
             donors = self._engine.new(names) if self._atomic else self._take(names)
-            return self._bridge.carry(made, donors, self._engine.shapes(names))
+            return self._bridge.carry(made, donors, self._shapes(job))
         arrived = jax.device_put(made, self._shardings(job))
         return arrived if self._atomic else _settled(arrived, self._take(names))
 
@@ -244,7 +251,7 @@ class WeightSync:
             names = [entry.name for entry in job.entries]
             made = self._make(conversion, job)
             if self._bridge is not None:
-                made = self._bridge.carry(made, self._engine.new(names), self._engine.shapes(names))
+                made = self._bridge.carry(made, self._engine.new(names), self._shapes(job))
             differ = np.zeros(len(names), bool)
             if self._bridge is None or self._bridge.receives:
                 held = fingerprints(engine[name] for name in names)
@@ -258,6 +265,9 @@ class WeightSync:
         if verification.different:
             self._written_by |= dict.fromkeys(verification.different)
             raise SyncError(f"after writing, {verification}")
+
+    def _shapes(self, job: Job) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return self._engine.shapes([entry.name for entry in job.entries])
 
     def _shardings(self, job: Job) -> tuple[Any, ...]:
         return self._engine.shardings([entry.name for entry in job.entries])

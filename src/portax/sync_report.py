@@ -63,8 +63,8 @@ class SyncReport:
             while others convert, transfer is what was waited for on top.
         bytes_read: Bytes of the trainer's leaves.
         bytes_written: Bytes of the engine's leaves.
-        bytes_moved: Bytes sent from the trainer's devices to others, one copy of each leaf counted; what programs
-            exchange between devices of one mesh is not in it.
+        bytes_moved: Bytes that devices received from each other, in the programs or on the way to the engine's devices;
+            None where a program's text cannot be read.
         peak_bytes: Highest use of any device's memory since the process began, where the backend tells.
         verification: The comparison afterwards; None if none was asked for.
     """
@@ -74,7 +74,7 @@ class SyncReport:
     seconds: Mapping[str, float]
     bytes_read: int
     bytes_written: int
-    bytes_moved: int
+    bytes_moved: int | None
     peak_bytes: int | None
     verification: Verification | None
 
@@ -93,10 +93,11 @@ class SyncReport:
         table = new_table("phase", ("seconds", "right"))
         for phase, seconds in self.seconds.items():
             table.add_row(phase, f"{seconds:.3f}")
+        moved = "?" if self.bytes_moved is None else size(self.bytes_moved)
         lines = [
             f"version    {self.version}, {self.leaves} leaves",
             f"bytes      {size(self.bytes_read)} read, {size(self.bytes_written)} written, "
-            f"{size(self.bytes_moved)} moved to other devices; {self.gb_per_s:.2f} GB/s written",
+            f"{moved} moved between devices; {self.gb_per_s:.2f} GB/s written",
         ]
         if self.peak_bytes is not None:
             lines.append(f"peak       {size(self.peak_bytes)} on one device")
