@@ -45,7 +45,7 @@ class MaxTextLike:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in configs()))
 def test_every_shipped_configuration_is_complete_and_plans(name):
-    converter = portax.converter_for(config_path(name), layout=portax.layouts.HuggingFace(dtype="bfloat16"))
+    converter = portax.converter_for(config_path(name), layout=portax.layouts.Canonical(dtype="bfloat16"))
     billions = converter.plan(converter.expected_tree()).bytes_out / 2e9
     assert billions == pytest.approx(BILLIONS[name], rel=0.12)
 

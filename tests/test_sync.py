@@ -35,25 +35,31 @@ def golden_of(name, tp):
 def scrambled(name, tp, on, seed=0):
     """A live engine's state, its own leaves included, with random bits in every leaf."""
     rows = json.loads((GOLDEN / name / f"tpu-inference-0.32.0.tp{tp}.json").read_text())["leaves"]
-    random = np.random.default_rng(seed)
-
-    def leaf(row):
-        values = random.standard_normal(row["shape"]).astype(row["dtype"])
-        return owned(values, NamedSharding(on, PartitionSpec(*row["spec"])))
-
-    return {path: leaf(row) for path, row in rows.items()}
+    return noise(
+        {
+            path: jax.ShapeDtypeStruct(
+                row["shape"], row["dtype"], sharding=NamedSharding(on, PartitionSpec(*row["spec"]))
+            )
+            for path, row in rows.items()
+        },
+        seed,
+    )
 
 
 def scramble(state, names, seed):
+    state |= noise({path: state[path] for path in names}, seed)
+
+
+def noise(like, seed):
     random = np.random.default_rng(seed)
-    for path in names:
-        old = state[path]
-        state[path] = owned(random.standard_normal(old.shape).astype(old.dtype), old.sharding)
+    values = {path: random.standard_normal(leaf.shape).astype(leaf.dtype) for path, leaf in like.items()}
+    return owned(values, {path: leaf.sharding for path, leaf in like.items()})
 
 
-def owned(values, sharding):
+def owned(values, shardings):
     """On the devices, in buffers of their own: `device_put` may leave values in numpy's memory."""
-    return jax.jit(jnp.copy, out_shardings=sharding)(jax.device_put(values, sharding))
+    copy = jax.jit(lambda leaves: jax.tree.map(jnp.copy, leaves), out_shardings=shardings)
+    return copy(jax.device_put(values, shardings))
 
 
 def made(name, *, tp=2, on=None, trainer=None, **options):
@@ -75,7 +81,7 @@ def addresses(leaf):
 
 
 def other(params):
-    return jax.tree.map(lambda leaf: leaf * 2 + 1, params)
+    return {path: jax.device_put(np.asarray(leaf) * 2 + 1, leaf.sharding) for path, leaf in params.items()}
 
 
 @pytest.mark.parametrize("name", [name for name in TREES if name.endswith(".scan") or "-e2b" in name])
@@ -166,16 +172,30 @@ def test_host_arrays_and_trainer_shapes_known_beforehand(compilations):
     assert wrong(state, golden) == []
 
 
-def test_memory_and_arrays_stay_flat_over_many_syncs():
-    sync, _, params, _ = made("qwen3-0.6b.scan")
+@pytest.mark.parametrize(("devices", "times"), [(1, 1000), (8, 40)])
+def test_memory_and_arrays_stay_flat_over_many_syncs(devices, times):
+    on, trainer = grid(0, devices, data=devices, model=1), grid(0, devices, fsdp=devices)
+    sync, _, params, _ = made("qwen3-0.6b.scan", tp=1, on=on, trainer=trainer)
     sync(params)
     gc.collect()  # what other tests left behind may go at any time; nothing may come
     arrays, size = len(jax.live_arrays()), sum(leaf.nbytes for leaf in jax.live_arrays())
-    for _ in range(100):
-        sync(params)
+    for _ in range(times // 20):
+        for _ in range(20):
+            sync(params)
         assert len(jax.live_arrays()) <= arrays
         assert sum(leaf.nbytes for leaf in jax.live_arrays()) <= size
-    assert sync.version == 101
+    assert sync.version == 1 + times
+
+
+@pytest.mark.parametrize("name", [MOE, GEMMA])
+def test_programs_write_into_the_engine_and_need_a_bucket_at_most(name):
+    bucket_bytes = 2**18
+    sync, _, params, _ = made(name, trainer=grid(0, 8, fsdp=8), bucket_bytes=bucket_bytes)
+    conversion = sync._planned(params)
+    for job in conversion.jobs(bucket_bytes):
+        memory = conversion.compile(job, sync._shardings(job), donating=True).compiled.memory_analysis()
+        assert memory.output_size_in_bytes - memory.alias_size_in_bytes <= 8 * len(job.entries)  # pointers
+        assert memory.temp_size_in_bytes <= max(bucket_bytes, job.nbytes)
 
 
 def test_an_nnx_state_is_written_too():

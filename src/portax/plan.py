@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -39,7 +40,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole, unsharded leaf."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)

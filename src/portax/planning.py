@@ -1,6 +1,7 @@
 """Makes a plan and checks it both ways: trainer against hooks, and layout against a live engine."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -86,6 +87,7 @@ def _entries(layout: Layout, wrapper: str, section: Section, traced: Trace, root
             )
 
 
+@functools.cache
 def _narrowing(source: Any, target: np.dtype) -> str | None:
     return None if jnp.promote_types(source, target) == target else f"{np.dtype(source)} -> {target}"
 
