@@ -1,11 +1,13 @@
 """Proves a sync on a live state: scrambles it, syncs, and looks at every leaf."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 from jaxtyping import Array, Shaped
 from rich.table import Table
 
@@ -51,7 +53,8 @@ def examine(converter: BaseConverter, engine_state: Any, params: Any, **options:
     written = {entry.name for entry in converter.plan(params).entries}
     owned = {name: leaf for name, leaf in engine.leaves().items() if name not in written}
     for round_ in (1, 2):
-        engine.assign({name: _scrambled(engine.leaves()[name], round_) for name in written})
+        for number, name in enumerate(sorted(written)):
+            engine.assign({name: _scrambled(engine.leaves()[name], round_ * len(written) + number)})
         before = engine.leaves()
         marks = dict(zip(written, fingerprints(before[name] for name in written), strict=True))
         places = {name: _addresses(before[name]) for name in written}
@@ -87,11 +90,15 @@ def table(checks: Sequence[Check], *, title: str) -> Table:
 
 
 def _scrambled(leaf: Shaped[Array, "..."], seed: int) -> Shaped[Array, "..."]:
-    noise = jax.jit(
-        lambda: jax.random.normal(jax.random.key(seed), leaf.shape, jnp.float32).astype(leaf.dtype),
-        out_shardings=leaf.sharding,
-    )
-    return noise()
+    return _noise(leaf.shape, leaf.dtype, leaf.sharding)(seed)
+
+
+@functools.cache
+def _noise(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Any:
+    def noise(seed):
+        return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+    return jax.jit(noise, out_shardings=sharding)
 
 
 def _addresses(leaf: Shaped[Array, "..."]) -> list[int]:
