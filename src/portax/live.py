@@ -1,17 +1,16 @@
 """The live mapping of an engine's leaves: read, checked, and written in place."""
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Sharding
 from jaxtyping import Array, Shaped
 
 from portax.errors import PlanError, Problem
 from portax.execute import device_order
 from portax.plan import Plan
+from portax.routes import zeros
 from portax.trainer_state import unbox
 
 
@@ -97,11 +96,7 @@ class EngineState:
         leaf = unbox(node[key])
         if not leaf.is_deleted():
             return leaf
-        return self.new([name])[0]
-
-    def new(self, names: Sequence[str]) -> tuple[Shaped[Array, "..."], ...]:
-        """Arrays of zeros as the leaves of these names are held, beside them."""
-        return tuple(map(_zeros, self.shapes(names)))
+        return zeros(self._shapes[name])
 
     def assign(self, leaves: Mapping[str, Shaped[Array, "..."]]) -> None:
         """Puts finished leaves in their places."""
@@ -148,14 +143,3 @@ def _cells(node: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[str, tuple[A
 
 def _setter(box: Any) -> Callable[[Any], None]:
     return lambda leaf: setattr(box, "value", leaf)
-
-
-def _zeros(shape: jax.ShapeDtypeStruct) -> Shaped[Array, "..."]:
-    if not shape.sharding.addressable_devices:
-        return jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, [], dtype=shape.dtype)
-    return _zeros_program(shape.shape, shape.dtype, shape.sharding)()
-
-
-@functools.cache
-def _zeros_program(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Any:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)

@@ -1,22 +1,19 @@
 """`WeightSync`: plan once, then write a live engine's weights in place, every step."""
 
 import contextlib
-import functools
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
-from jax import lax
 
 from portax import live
 from portax.base import BaseConverter
-from portax.bridge import Bridge, bridge_between
 from portax.errors import PlanError, Problem, SyncError
 from portax.execute import Arrays, Conversion, Job, check_arrays, device_order, on_sharding
 from portax.fingerprint import fingerprints
+from portax.routes import Bridge, Local, route_between
 from portax.sync_report import PHASES, SyncReport, Torn, Verification, peak_bytes
 from portax.traffic import moved_bytes
 
@@ -77,7 +74,7 @@ class WeightSync:
         self._attempt = _NEVER
         self._written_by: dict[str, int | None] = dict.fromkeys((entry.name for entry in plan.entries), _NEVER)
         self._cause = ""
-        self._bridge: Bridge | None = None
+        self._route: Local | Bridge = Local()
         if params is not None:
             self._compile(self._planned(params))
 
@@ -159,7 +156,7 @@ class WeightSync:
         conversion = self._converter.conversion(params)
         shardings = (getattr(leaf, "sharding", None) for leaf in conversion.state.leaves.values())
         source = next((device_order(sharding) for sharding in shardings if sharding is not None), ())
-        self._bridge = bridge_between(source, self._engine.device_order(), self._bridge)
+        self._route = route_between(source, self._engine.device_order(), self._route)
         return conversion
 
     def _checked(self, params: Any) -> Conversion:
@@ -185,9 +182,8 @@ class WeightSync:
         """Compiles what is not compiled yet. Returns the bytes that programs exchange between devices, if known."""
         exchanged: list[int | None] = []
         for job in conversion.jobs(self._bucket_bytes):
-            if self._bridge is not None:
-                self._bridge.compile(self._shapes(job))
-            if self._bridge is None or self._bridge.sends:
+            self._route.compile(self._shapes(job))
+            if self._route.sends:
                 program = conversion.compile(job, self._shardings(job), donating=self._in_place(job))
                 exchanged.append(program.received)
         known = [size for size in exchanged if size is not None]
@@ -208,7 +204,7 @@ class WeightSync:
             else:
                 with _timed(seconds, "transfer"):
                     ready |= jax.block_until_ready(moving)
-                    arrived = self._carried(job, made)
+                    arrived = self._route.carry(made, None if self._atomic else self._take(names), self._shapes(job))
                     sources = [array.sharding for array in made] or [None] * len(names)
                     moved += sum(map(moved_bytes, self._shapes(job), sources))
                     moving = dict(zip(names, map(on_sharding, arrived, self._shardings(job)), strict=True))
@@ -221,18 +217,7 @@ class WeightSync:
         return moved
 
     def _make(self, conversion: Conversion, job: Job, donors: Arrays = ()) -> Arrays:
-        if self._bridge is not None and not self._bridge.sends:
-            return ()
-        return conversion.make(job, self._shardings(job), donors)
-
-    def _carried(self, job: Job, made: Arrays) -> Arrays:
-        """What was made, on the engine's devices, and in its buffers unless a sync is to switch them all at once."""
-        names = [entry.name for entry in job.entries]
-        if self._bridge is not None:
-            donors = self._engine.new(names) if self._atomic else self._take(names)
-            return self._bridge.carry(made, donors, self._shapes(job))
-        arrived = jax.device_put(made, self._shardings(job))
-        return arrived if self._atomic else _settled(arrived, self._take(names))
+        return conversion.make(job, self._shardings(job), donors) if self._route.sends else ()
 
     def _assign(self, leaves: dict[str, jax.Array], seconds: dict[str, float]) -> None:
         with _timed(seconds, "assign"):
@@ -249,16 +234,12 @@ class WeightSync:
         different = []
         for job in conversion.jobs(self._bucket_bytes):
             names = [entry.name for entry in job.entries]
-            made = self._make(conversion, job)
-            if self._bridge is not None:
-                made = self._bridge.carry(made, self._engine.new(names), self._shapes(job))
-            differ = np.zeros(len(names), bool)
-            if self._bridge is None or self._bridge.receives:
-                held = fingerprints(engine[name] for name in names)
-                differ = np.array([a != b for a, b in zip(fingerprints(made), held, strict=True)])
-            if self._bridge is not None:
-                differ = self._bridge.agreed(differ)
-            different += [name for name, differs in zip(names, differ, strict=True) if differs]
+            expected = fingerprints(self._make(conversion, job))
+            held = fingerprints(engine[name] for name in names) if self._route.receives else []
+            shared = zip(
+                names, self._route.shared(expected, len(names)), self._route.shared(held, len(names)), strict=True
+            )
+            different += [name for name, made, found in shared if made != found]
         return Verification(len(conversion.plan.entries), tuple(different))
 
     def _refuse(self, verification: Verification) -> None:
@@ -284,9 +265,3 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[phase] += time.perf_counter() - start
-
-
-@functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
-def _settled(arrived: Arrays, donors: Arrays) -> Arrays:
-    """The same values in the donors' buffers. The barrier keeps JAX from handing the arguments back as they are."""
-    return lax.optimization_barrier(arrived)

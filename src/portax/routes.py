@@ -1,22 +1,48 @@
-"""Carries arrays from a trainer's processes to an engine's, where JAX's `device_put` does not reach."""
+"""How what the trainer's devices made gets into an engine's buffers: within one set of processes, or between two."""
 
-from collections.abc import Sequence
+import functools
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Shaped
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array, Shaped
 
 from portax import kernels
 from portax.errors import SyncError
 from portax.names import numbers
 
 Arrays: TypeAlias = tuple[Shaped[Array, "..."], ...]
-Shapes: TypeAlias = Sequence[jax.ShapeDtypeStruct]
+Shapes: TypeAlias = tuple[jax.ShapeDtypeStruct, ...]
+Devices: TypeAlias = tuple[jax.Device, ...]
+Marks: TypeAlias = list[tuple[int, int] | None]
 
 _ALL = "all"
+
+
+class Local:
+    """Trainer and engine are on the same processes, where `device_put` reaches from any devices to any others.
+
+    Attributes:
+        sends: Whether this process has devices of the trainer: it does.
+        receives: Whether it has devices of the engine: it does.
+    """
+
+    sends = receives = True
+
+    def compile(self, shapes: Shapes) -> None:
+        """Nothing has to be compiled beforehand."""
+
+    def carry(self, arrays: Arrays, donors: Arrays | None, shapes: Shapes) -> Arrays:
+        """As `Bridge.carry`."""
+        arrived = jax.device_put(arrays, tuple(shape.sharding for shape in shapes))
+        return arrived if donors is None else _settled(arrived, donors)
+
+    def shared(self, marks: Marks, count: int) -> Marks:
+        """As `Bridge.shared`: every process has them all."""
+        return marks
 
 
 class Bridge:
@@ -30,7 +56,7 @@ class Bridge:
         receives: Whether it has devices of the engine.
     """
 
-    def __init__(self, sources: Sequence[jax.Device], targets: Sequence[jax.Device]):
+    def __init__(self, sources: Devices, targets: Devices):
         """Pairs the devices of both sides, in order.
 
         Raises:
@@ -49,8 +75,8 @@ class Bridge:
         self._pairs = [(i, i + len(sources)) for i in range(len(sources))]
         self._own = [device for device in everyone if device.process_index == jax.process_index()]
         self._compiled: dict[Any, Any] = {}
-        self._any = jax.jit(lambda x: x.max(0), out_shardings=NamedSharding(self._mesh, PartitionSpec()))
-        self.ends = (tuple(sources), tuple(targets))
+        self._highest = jax.jit(lambda x: x.max(0), out_shardings=NamedSharding(self._mesh, PartitionSpec()))
+        self.ends = (sources, targets)
         self.sends = any(device in sources for device in self._own)
         self.receives = any(device in targets for device in self._own)
 
@@ -62,17 +88,18 @@ class Bridge:
             self._compiled[key] = jax.jit(self._send, donate_argnums=0).lower(stacks).compile()
         return self._compiled[key]
 
-    def carry(self, arrays: Arrays, donors: Arrays, shapes: Shapes) -> Arrays:
-        """Sends arrays to the engine's devices; what they lived in is freed.
+    def carry(self, arrays: Arrays, donors: Arrays | None, shapes: Shapes) -> Arrays:
+        """Puts arrays where the engine has them; between processes, what they lived in is freed.
 
         Args:
             arrays: What the trainer's devices hold, cut as the engine cuts it; empty, on processes without any.
-            donors: Arrays of the engine whose buffers the results take over.
+            donors: Arrays of the engine whose buffers the results take over; None for new ones.
             shapes: Shape, dtype and sharding of each at the engine's.
 
         Returns:
             The arrays at the engine's; without any shard, on processes that have none of its devices.
         """
+        donors = tuple(map(zeros, shapes)) if donors is None else donors
         stacks = []
         for i, shape in enumerate(shapes):
             held = {
@@ -84,12 +111,17 @@ class Bridge:
             stacks.append(jax.make_array_from_single_device_arrays(self._stacked(shape), self._cut, shards))
         return tuple(map(_received, self.compile(shapes)(stacks), shapes))
 
-    def agreed(self, flags: Bool[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-        """Which flags are set on any process."""
-        rows = [jax.device_put(flags[None].astype(np.uint8), device) for device in self._own]
-        shape = (self._mesh.size, *flags.shape)
-        stacked = jax.make_array_from_single_device_arrays(shape, self._cut, rows)
-        return np.asarray(self._any(stacked)).astype(bool)
+    def shared(self, marks: Marks, count: int) -> Marks:
+        """Fingerprints that one side knows, on all processes.
+
+        Args:
+            marks: Theirs; empty, on processes of the other side.
+            count: How many there are.
+        """
+        words = np.array([(0, 0, 0) if mark is None else (1, *mark) for mark in marks or [None] * count], np.uint32)
+        rows = [jax.device_put(words[None], device) for device in self._own]
+        stacked = jax.make_array_from_single_device_arrays((self._mesh.size, *words.shape), self._cut, rows)
+        return [(int(a), int(b)) if known else None for known, a, b in np.asarray(self._highest(stacked))]
 
     def _send(self, stacks: list[Shaped[Array, "..."]]) -> list[Shaped[Array, "..."]]:
         def sent(shard):
@@ -111,13 +143,11 @@ def _received(stack: Shaped[Array, "..."], shape: jax.ShapeDtypeStruct) -> Shape
     return jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, shards, dtype=shape.dtype)
 
 
-def bridge_between(
-    sources: Sequence[jax.Device], targets: Sequence[jax.Device], existing: Bridge | None = None
-) -> Bridge | None:
-    """What connects these devices; None where they are of the same processes, or where the source is host memory.
+def route_between(sources: Devices, targets: Devices, existing: Local | Bridge | None = None) -> Local | Bridge:
+    """How to get from these devices to those.
 
     Args:
-        sources: The trainer's.
+        sources: The trainer's; none, if it has its arrays in host memory.
         targets: The engine's.
         existing: Taken again, with its programs, if it connects the same.
 
@@ -125,16 +155,34 @@ def bridge_between(
         SyncError: As `Bridge`.
     """
     if not sources or _indices(sources) == _indices(targets):
-        return None
-    if existing is not None and existing.ends == (tuple(sources), tuple(targets)):
+        return Local()
+    if isinstance(existing, Bridge) and existing.ends == (sources, targets):
         return existing
     return Bridge(sources, targets)
 
 
-def _processes(devices: Sequence[jax.Device]) -> str:
+def zeros(shape: jax.ShapeDtypeStruct) -> Shaped[Array, "..."]:
+    """Zeros of this shape, dtype and sharding; without any shard, on processes that have none of its devices."""
+    if not shape.sharding.addressable_devices:
+        return jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, [], dtype=shape.dtype)
+    return _zeros(shape.shape, shape.dtype, shape.sharding)()
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Any:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+@functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
+def _settled(arrived: Arrays, donors: Arrays) -> Arrays:
+    """The same values in the donors' buffers. The barrier keeps JAX from handing the arguments back as they are."""
+    return lax.optimization_barrier(arrived)
+
+
+def _processes(devices: Devices) -> str:
     found = sorted(_indices(devices))
     return f"process{'es' * (len(found) > 1)} {numbers(found)}"
 
 
-def _indices(devices: Sequence[jax.Device]) -> set[int]:
+def _indices(devices: Devices) -> set[int]:
     return {device.process_index for device in devices}
