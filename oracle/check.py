@@ -61,8 +61,8 @@ layer_scalar router.scale router.per_expert_scale router.proj.weight self_attn.q
 linear_attn.dt_bias linear_attn.A_log linear_attn.conv1d.weight mlp.shared_expert_gate.weight""".split()
 
 
-def predict(cfg, hf, tp, backend, version):
-    """{leaf: bfloat16 bits}. Seen on 0.20, 0.22 and 0.32; where between them a layout changed is not known here."""
+def predict(cfg, hf, tp, moe_tp, backend, version):
+    """{leaf: bfloat16 bits}; tp of linears and of experts, which attention data parallelism tells apart. Seen on 0.20, 0.22 and 0.32; where between them a layout changed is not known here."""
     new = version >= (0, 22)                # dense weights stored [in, out], lm_head of a tied model a leaf of its own
     renamed = version >= (0, 23)            # experts.routed_experts.*; Gemma 4's experts and per_expert_scale left "moe."
     routed = "experts.routed_experts." if renamed else "experts."
@@ -128,7 +128,7 @@ def predict(cfg, hf, tp, backend, version):
             if has(base + "gate_up_proj"):
                 at, gate_up, down = at_, np.split(get(base + "gate_up_proj"), 2, 1), get(base + "down_proj")
         if gate_up is not None:
-            out[f"{d}{at}{routed}w13_weight"] = w13(*gate_up, tp, backend)
+            out[f"{d}{at}{routed}w13_weight"] = w13(*gate_up, moe_tp, backend)
             out[f"{d}{at}{routed}w2_weight"] = w2(down, backend)
     return out
 
@@ -191,7 +191,8 @@ if __name__ == "__main__":
             continue
         cfg = json.load(open(f"{A.golden}/{tag}/config.json"))
         g = json.load(open(f))
-        pred = predict(cfg, D.load_safetensors(f"{A.work}/{tag}/model.safetensors"), g["mesh"]["model"], g["moe_backend"], version)
+        tp, moe_tp = g["mesh"]["model"], g["mesh"]["model"] * g["mesh"].get("attn_dp", 1)
+        pred = predict(cfg, D.load_safetensors(f"{A.work}/{tag}/model.safetensors"), tp, moe_tp, g["moe_backend"], version)
         good, bad = compare(g["leaves"], pred)
         engine = sum(e["owner"] == "engine" for e in g["leaves"].values())
         total, wrong = total + 1, wrong + bool(bad)

@@ -1,8 +1,8 @@
 """Load the exported checkpoints through the real tpu-inference worker on simulated CPU devices; write digests of the state it holds.
 
-usage: python run_engine.py --golden GOLDEN --work WORK [-j 2] [--only NAME[.scan|.unscan] ...] [--tp 2 8 | --mode ep|fused] [--npz DIR] [--plan]
+usage: python run_engine.py --golden GOLDEN --work WORK [-j 2] [--only NAME[.scan|.unscan] ...] [--tp 2 8 [--mode ep|fused] [--adp K]] [--npz DIR] [--plan]
 Run it with the Python of one engine environment (install_engine.sh): imports once, forks one process per job.
-Writes GOLDEN/<model>.<layout>/tpu-inference-<version>.tp<k>[.ep|.fused].json; jobs whose file exists are skipped. Logs: WORK/logs.
+Writes GOLDEN/<model>.<layout>/tpu-inference-<version>.tp<k>[.adp<k>][.ep|.fused].json; jobs whose file exists are skipped. Logs: WORK/logs.
 """
 import argparse
 import importlib.metadata
@@ -19,10 +19,15 @@ import numpy as np
 import digest as D
 from probe import probe
 
-Job = namedtuple("Job", "tag tp mode")
+Job = namedtuple("Job", "tag tp mode adp", defaults=(0,))     # adp: attention data parallel size; 0: a mesh of two axes
 PACKAGES = ("vllm-tpu", "tpu-inference", "jax", "torchax", "torch", "transformers")
 # what an engine before 0.23 is asked for: these architectures, scanned trees, untied Qwen3 only, tp 2 and 8
 OLD_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma4ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
+
+# what 0.32 is asked for under attention data parallelism, of scanned trees where there are any: (tp, adp, mode)
+_ADP = ((4, 2, ""), (8, 2, ""), (8, 4, ""))
+ADP = {"qwen3-8b": _ADP, "gemma4-26b": _ADP, "qwen3-30b-a3b": (*_ADP, (4, 1, ""), (4, 4, ""), (4, 2, "ep"), (4, 2, "fused"))}
+ADP |= dict.fromkeys(("qwen3-0.6b", "qwen2.5-7b", "qwen3.5-35b-a3b", "qwen3-next-80b-a3b", "gemma4-e2b"), _ADP[:1])
 
 
 def plan(golden, version):
@@ -44,14 +49,18 @@ def plan(golden, version):
             yield Job(tag, 4, "ep")
             if arch == "Qwen3MoeForCausalLM":
                 yield Job(tag, 4, "fused")
+        if version.startswith("0.32.") and (scan or only_unscan):
+            yield from (Job(tag, tp, mode, adp) for tp, adp, mode in ADP.get(tag.rsplit(".", 1)[0], ()))
 
 
 def output(golden, job):
-    return f"{golden}/{job.tag}/tpu-inference-{VERSION}.tp{job.tp}{'.' + job.mode if job.mode else ''}.json"
+    suffix = (f".adp{job.adp}" if job.adp else "") + (f".{job.mode}" if job.mode else "")
+    return f"{golden}/{job.tag}/tpu-inference-{VERSION}.tp{job.tp}{suffix}.json"
 
 
 def setup_environment(job):
-    os.environ.update(MODEL_IMPL_TYPE="vllm", USE_MOE_EP_KERNEL="1" if job.mode == "fused" else "0")
+    os.environ.update(MODEL_IMPL_TYPE="vllm", USE_MOE_EP_KERNEL="1" if job.mode == "fused" else "0",
+                      NEW_MODEL_DESIGN="1" if job.adp else "0")
 
 
 def import_engine():
@@ -125,10 +134,12 @@ def load_state(path, cfg, job):
     from vllm.engine.arg_utils import EngineArgs
     from tpu_inference.worker.tpu_worker import TPUWorker
     # device_indexes: the supported way to fix the device order; it also skips the mesh builder that needs TPU coordinates
-    sharding = {"sharding": {"sharding_strategy": {"device_indexes": list(range(job.tp))}}}
+    strategy = {"device_indexes": list(range(job.tp))}
+    if job.adp > 1:     # 1: the mesh of seven axes, and nothing split; the engine divides by zero if asked for that
+        strategy.update(enable_dp_attention=True, attn_dp_size=job.adp)
     kw = dict(model=path, tensor_parallel_size=job.tp, max_model_len=128, max_num_batched_tokens=128, max_num_seqs=4, dtype="bfloat16",
               skip_tokenizer_init=True, enable_expert_parallel=bool(job.mode), seed=0, disable_log_stats=True, enforce_eager=True,
-              additional_config=sharding)
+              additional_config={"sharding": {"sharding_strategy": strategy}})
     if "vision_config" in cfg:
         kw.update(limit_mm_per_prompt={"image": 1, "video": 0}, disable_chunked_mm_input=True)
     worker = TPUWorker(vllm_config=EngineArgs(**kw).create_engine_config(), local_rank=0, rank=0, distributed_init_method="",
@@ -187,13 +198,14 @@ if __name__ == "__main__":
     ap.add_argument("--only", nargs="*", default=[])
     ap.add_argument("--tp", nargs="*", type=int, help="these sizes instead of the plan's, for the tags in --only")
     ap.add_argument("--mode", default="", choices=["", "ep", "fused"], help="with --tp")
+    ap.add_argument("--adp", type=int, default=0, help="attention data parallel size, with --tp; what tp is divided by for attention")
     ap.add_argument("--plan", action="store_true", help="print the jobs and stop")
     A = ap.parse_args()
     VERSION = importlib.metadata.version("vllm-tpu")
     A.work = os.path.abspath(A.work)
     chosen = lambda tag: not A.only or {tag, tag.rsplit(".", 1)[0]} & set(A.only)
     if A.tp:
-        jobs = [Job(tag, tp, A.mode) for tag in sorted(os.listdir(A.golden)) if chosen(tag) for tp in A.tp]
+        jobs = [Job(tag, tp, A.mode, A.adp) for tag in sorted(os.listdir(A.golden)) if chosen(tag) for tp in A.tp]
     else:
         jobs = [j for j in plan(A.golden, VERSION) if chosen(j.tag)]
     todo = [j for j in jobs if not os.path.exists(output(A.golden, j))]
@@ -214,5 +226,5 @@ if __name__ == "__main__":
         pid, status = os.wait()
         job, t = running.pop(pid)
         failed += status != 0
-        print("ok  " if status == 0 else "FAIL", job.tag, f"tp{job.tp}", job.mode, round(time.time() - t, 1), "s", flush=True)
+        print("ok  " if status == 0 else "FAIL", os.path.basename(output(A.golden, job)), job.tag, round(time.time() - t, 1), "s", flush=True)
     sys.exit(failed > 0)

@@ -33,8 +33,12 @@ def mesh(**axes: int) -> Mesh:
     return Mesh(np.array(jax.devices()[:count]).reshape(tuple(axes.values())), tuple(axes))
 
 
-def engine_mesh(tp: int) -> Mesh:
-    return mesh(data=8 // tp, model=tp)
+def engine_mesh(tp: int, attention_dp: int | None = None) -> Mesh:
+    """As tpu-inference makes it: of two axes, or, with NEW_MODEL_DESIGN=1, of seven."""
+    if attention_dp is None:
+        return mesh(data=8 // tp, model=tp)
+    model = tp // attention_dp
+    return mesh(data=8 // tp, attn_dp=attention_dp, attn_dp_expert=1, expert=1, model=model, dcp=1, pcp=1)
 
 
 def sharded(params: dict[str, np.ndarray], on: Mesh) -> dict[str, jax.Array]:

@@ -286,6 +286,51 @@ def test_an_unknown_moe_backend():
         TpuInference(version="0.32", tp=2, moe_backend="triton")
 
 
+@pytest.mark.parametrize("size", [0, -1, True])
+def test_attention_dp_that_is_no_size(size):
+    with pytest.raises(portax.LayoutError, match=rf"attention_dp={size!r} is not a positive integer"):
+        TpuInference(version="0.32", tp=4, attention_dp=size)
+
+
+@pytest.mark.parametrize(("tp", "size"), [(4, 3), (4, 8), (1, 2)])
+def test_attention_dp_that_does_not_divide_tp(tp, size):
+    match = rf"attention_dp={size} does not divide tp={tp}: .* engine was asked for"
+    with pytest.raises(portax.LayoutError, match=match):
+        TpuInference(version="0.32", tp=tp, attention_dp=size)
+
+
+@pytest.mark.parametrize("version", ["0.20", "0.31"])
+def test_attention_dp_of_a_version_that_was_not_run_with_it(version):
+    match = rf"attention_dp=2 is covered since tpu-inference 0.32, and this is {version}; .*NEW_MODEL_DESIGN unset"
+    with pytest.raises(portax.LayoutError, match=match):
+        TpuInference(version=version, tp=4, attention_dp=2)
+    assert TpuInference(version="0.33", tp=4, attention_dp=2, allow_untested=True).attention_dp == 2
+
+
+@pytest.mark.parametrize(
+    ("axes", "missing"),
+    [
+        ({"data": 2, "model": 4}, "attn_dp"),
+        ({"attn_dp": 2, "model": 2}, "attn_dp_expert"),
+        ({"attn_dp": 4, "attn_dp_expert": 1, "expert": 1, "model": 2, "dcp": 1, "pcp": 1}, "attn_dp"),
+    ],
+)
+def test_a_mesh_without_the_axes_of_attention_dp(axes, missing):
+    layout = TpuInference(version="0.32", tp=4, attention_dp=2)
+    with pytest.raises(portax.LayoutError, match=rf"pass the engine's mesh, with an axis '{missing}' of that size"):
+        portax.converter_for(tree(DENSE).config, layout=layout, mesh=mesh(**axes))
+
+
+def test_sizes_that_linears_or_experts_cannot_be_cut_into_under_attention_dp():
+    def convert(tp, size):
+        return portax.converter_for(tree(MOE).config, layout=TpuInference(version="0.32", tp=tp, attention_dp=size))
+
+    problems(convert(32, 2), filled(MOE), r"self_attn: query heads = 8 is not divisible by tp / attention_dp=16")
+    problems(convert(64, 8), filled(MOE), r"mlp\.experts: MoE width 96 is not divisible by tp=64")
+    match = r"embed_tokens.weight: found a dimension of 256; expected one that attn_dp=3 \* model=8 divides"
+    problems(convert(24, 3), filled(MOE), match)
+
+
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 1, "model": 8}])
 def test_a_mesh_that_is_not_the_engines(axes):
     with pytest.raises(portax.LayoutError, match=r"the mesh has axes .*: pass the engine's mesh, with an axis 'model'"):

@@ -57,6 +57,11 @@ def test_verify_passes_and_fails_leaf_by_leaf(tmp_path):
     assert wrong["vllm_model.model.norm.weight"] == "the engine has no such leaf"
 
 
+def test_verify_under_attention_data_parallelism():
+    golden = DENSE / "tpu-inference-0.32.0.tp8.adp2.json"
+    assert "35 leaves, all exact" in portax("verify", "--tree", DENSE / "source.json", "--golden", golden)
+
+
 def test_verify_a_users_own_weights(tmp_path):
     safetensors.numpy.save_file(dict(filled("qwen3-8b.scan")), tmp_path / "tree.safetensors")
     (tmp_path / "model.yml").write_text(json.dumps(dict(tree("qwen3-8b.scan").config)))
@@ -106,6 +111,7 @@ def test_a_plan_with_problems_lists_them():
             ("plan", "--model", "qwen3-8b", "--engine-version", "0.19", "--tp", "2"),
             "0.19 is not among the known layouts",
         ),
+        (("plan", "--model", "qwen3-8b", *ENGINE, "--attention-dp", "4"), "attention_dp=4 does not divide tp=2"),
         (("plan", "--model", "qwen-9", *ENGINE), "no configuration is shipped for 'qwen-9'"),
         (("plan", *ENGINE), "no configuration"),
         (("verify", "--tree", DENSE / "source.json", "--golden", DENSE / "source.json"), "is not a golden file"),

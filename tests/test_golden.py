@@ -19,7 +19,7 @@ SPREAD = [  # one of each kind: compiling for eight devices takes its time
     ("gemma4-31b.scan", "tpu-inference-0.32.0.tp8.json"),
     ("gemma4-e2b.unscan", "tpu-inference-0.32.0.tp8.json"),
     ("qwen3.5-35b-a3b.scan", "tpu-inference-0.32.0.tp8.json"),
-    *(("qwen3-30b-a3b.scan", f"tpu-inference-0.32.0.{tp}.json") for tp in ("tp8", "tp4.ep", "tp4.fused")),
+    *(("qwen3-30b-a3b.scan", f"tpu-inference-0.32.0.{tp}.json") for tp in ("tp8", "tp4.ep", "tp4.fused", "tp8.adp2")),
     ("qwen3-30b-a3b.scan", "tpu-inference-0.20.0.tp8.json"),
     ("qwen3-8b.unscan", "tpu-inference-0.32.0.tp8.json"),
     ("qwen3-next-80b-a3b.scan", "tpu-inference-0.32.0.tp8.json"),
@@ -31,7 +31,8 @@ SPREAD = [  # one of each kind: compiling for eight devices takes its time
 
 def reproduces(name, file, params):
     golden = Golden.load(GOLDEN / name / file)
-    converter = portax.converter_for(tree(name).config, layout=golden.layout, mesh=engine_mesh(golden.layout.tp))
+    on = engine_mesh(golden.layout.tp, golden.layout.attention_dp)
+    converter = portax.converter_for(tree(name).config, layout=golden.layout, mesh=on)
     weights = converter.convert(params)
     assert differences(weights, golden) == []
     assert {leaf.sharding.mesh for leaf in weights.values()} == {converter.mesh}

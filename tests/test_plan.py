@@ -159,7 +159,7 @@ def test_every_difference_from_the_engine_is_listed():
 
 def test_another_tensor_parallel_size_than_the_engines():
     with pytest.raises(
-        portax.PlanError, match=r"qkv_proj.weight: found bfloat16\[128, 384\].*tp, moe_backend, version"
+        portax.PlanError, match=r"qkv_proj.weight: found bfloat16\[128, 384\].*tp, moe_backend, attention_dp, version"
     ):
         converter(DENSE).plan(tree(DENSE).shapes, engine_state(DENSE, tp=8))
     same_shapes = engine_state(DENSE, tp=1)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, TREES, filled, sharded, tree
+from conftest import GOLDEN, TREES, engine_mesh, filled, sharded, tree
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -29,6 +29,7 @@ def grid(first, count, **axes):
 
 
 def golden_of(name, tp):
+    """`tp` as in the file's name: 2, or `4.adp2.ep`."""
     return Golden.load(GOLDEN / name / f"tpu-inference-0.32.0.tp{tp}.json")
 
 
@@ -64,11 +65,11 @@ def owned(values, shardings):
 
 def made(name, *, tp=2, on=None, trainer=None, **options):
     """A sync, the engine's state, and the golden that it should leave behind."""
-    on = on or grid(0, 8, data=8 // tp, model=tp)
-    state = scrambled(name, tp, on)
-    converter = portax.converter_for(tree(name).config, layout=TpuInference(version="0.32", tp=tp))
+    golden = golden_of(name, tp)
+    state = scrambled(name, tp, on or engine_mesh(golden.layout.tp, golden.layout.attention_dp))
+    converter = portax.converter_for(tree(name).config, layout=golden.layout)
     params = sharded(filled(name), trainer or grid(0, 8, fsdp=4, tensor=2))
-    return portax.WeightSync(converter, state, **options), state, params, golden_of(name, tp)
+    return portax.WeightSync(converter, state, **options), state, params, golden
 
 
 def wrong(state, golden):
@@ -84,9 +85,13 @@ def other(params):
     return {path: jax.device_put(np.asarray(leaf) * 2 + 1, leaf.sharding) for path, leaf in params.items()}
 
 
-@pytest.mark.parametrize("name", [name for name in TREES if name.endswith(".scan") or "-e2b" in name])
-def test_two_syncs_after_scrambling_leave_exactly_the_golden_leaves(name, compilations):
-    sync, state, params, golden = made(name, params=filled(name))  # Gemma4 small needs its tree
+ENGINES = [(name, 2) for name in TREES if name.endswith(".scan") or "-e2b" in name]
+ENGINES += [(MOE, "4.adp2"), (MOE, "8.adp2"), (MOE, "4.adp2.ep"), (MOE, "4.adp1"), (DENSE, "8.adp4")]
+
+
+@pytest.mark.parametrize(("name", "tp"), ENGINES)
+def test_two_syncs_after_scrambling_leave_exactly_the_golden_leaves(name, tp, compilations):
+    sync, state, params, golden = made(name, tp=tp, params=filled(name))  # Gemma4 small needs its tree
     untouched = {path: state[path] for path in golden.engine_owned}
     assert sync(other(params)).version == 1
     assert wrong(state, golden) != []
@@ -132,6 +137,26 @@ def test_wherever_trainer_and_engine_are(name, meshes, atomic, compilations):
     if not atomic:
         assert all(addresses(state[path]) == place for path, (place, _) in before.items())
     assert (report.bytes_moved > 0) == (on.size > 1)
+
+
+def test_attention_data_parallelism_on_other_devices():
+    on = grid(4, 4, data=1, attn_dp=2, attn_dp_expert=1, expert=1, model=2, dcp=1, pcp=1)
+    sync, state, params, golden = made(MOE, tp="4.adp2", on=on, trainer=grid(0, 4, fsdp=4))
+    for _ in range(2):
+        assert sync(params).bytes_moved > 0
+    assert wrong(state, golden) == []
+
+
+def test_attention_data_parallelism_that_the_layout_does_not_know():
+    on = engine_mesh(4, 2)
+    converter = portax.converter_for(tree(DENSE).config, layout=TpuInference(version="0.32", tp=4))
+    with pytest.raises(
+        portax.PlanError, match=r"the engine's mesh: found model=2 in .*'attn_dp': 2.*; expected model=4"
+    ):
+        portax.WeightSync(converter, scrambled(DENSE, "4.adp2", on))
+    converter = portax.converter_for(tree(DENSE).config, layout=TpuInference(version="0.32", tp=4, attention_dp=2))
+    with pytest.raises(portax.PlanError, match=r"the engine's mesh: found attn_dp=1 in .*; expected attn_dp=2"):
+        portax.WeightSync(converter, scrambled(DENSE, 4, engine_mesh(4)))
 
 
 def test_meshes_of_explicit_axes():

@@ -1,5 +1,6 @@
 """`BaseConverter`: the pipeline from a trainer's parameters to an engine's weights, and the hooks of a model family."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -223,8 +224,9 @@ def _rollout_layout(config: ModelConfig) -> Layout:
 def _check_mesh(mesh: Mesh | None, layout: Layout) -> None:
     if mesh is None:
         return
+    one = math.prod(layout.mesh_axes.values()) == 1
     for axis, size in layout.mesh_axes.items():
-        if mesh.shape.get(axis, 1 if size == 1 else None) != size:
+        if mesh.shape.get(axis, 1 if one else None) != size:
             raise LayoutError(
                 f"the mesh has axes {dict(mesh.shape)}, and {layout} cuts weights over {axis}={size}: "
                 f"pass the engine's mesh, with an axis {axis!r} of that size"

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -104,6 +105,8 @@ def _add_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine-version", metavar="X.Y", help="version of tpu-inference; default: the installed one")
     parser.add_argument("--tp", type=int, help="tensor-parallel size; required by tpu-inference")
     parser.add_argument("--moe-backend", choices=("gmm_tp", "gmm_ep", "fused_moe"), default="gmm_tp")
+    help_text = "attention data-parallel size of a tpu-inference with NEW_MODEL_DESIGN=1"
+    parser.add_argument("--attention-dp", type=int, metavar="K", help=help_text)
     parser.add_argument("--strict-dtype", action="store_true", help="make a cast that loses precision an error")
 
 
@@ -112,9 +115,10 @@ def _layout(args: argparse.Namespace) -> layouts.Layout:
         return _LAYOUTS[args.layout]()
     if args.tp is None:
         raise ConfigError("--tp is required: a tensor-parallel size is never assumed")
+    options = {"tp": args.tp, "moe_backend": args.moe_backend, "attention_dp": args.attention_dp}
     if args.engine_version is None:
-        return layouts.TpuInference.installed(tp=args.tp, moe_backend=args.moe_backend)
-    return layouts.TpuInference(version=args.engine_version, tp=args.tp, moe_backend=args.moe_backend)
+        return layouts.TpuInference.installed(**options)
+    return layouts.TpuInference(version=args.engine_version, **options)
 
 
 def _inputs(args: argparse.Namespace) -> tuple[dict[str, Any] | None, ModelConfig]:
@@ -164,10 +168,11 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     golden = Golden.load(args.golden)
-    tp = golden.layout.mesh_axes.get("model", 1)
-    _simulate_devices(max(demo.DEVICES, tp))
+    axes = golden.layout.mesh_axes
+    count = math.prod(axes.values())
+    _simulate_devices(max(demo.DEVICES, count))
     params, config = _inputs(args)
-    mesh = Mesh(np.array(jax.devices()[:tp]), ("model",)) if golden.layout.mesh_axes else None
+    mesh = Mesh(np.array(jax.devices()[:count]).reshape([*axes.values()]), tuple(axes)) if axes else None
     weights = converter_for(config, layout=golden.layout, mesh=mesh).convert(params)
     rows = compare(weights, golden)
     if args.json:

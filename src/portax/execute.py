@@ -16,7 +16,7 @@ from jaxtyping import Array, Shaped
 from portax import kernels
 from portax.errors import PlanError, Problem
 from portax.layers import Kind, Layer, Section
-from portax.plan import PROGRAMS_IN_FLIGHT, Entry, Plan
+from portax.plan import PROGRAMS_IN_FLIGHT, Entry, Plan, axes_of
 from portax.tracing import Hooks, hold, layer_leaves
 from portax.traffic import received_bytes
 from portax.trainer_state import TrainerState
@@ -289,7 +289,8 @@ def _spread(array: Shaped[Array, "..."], mesh: Mesh, spec: PartitionSpec) -> Sha
     it the communication, in front of the packing.
     """
     axes = [*spec, *[None] * (array.ndim - len(spec))]
-    spare = tuple(axis for axis, size in mesh.shape.items() if axis not in axes and size > 1)
+    used = {axis for cut in axes for axis in axes_of(cut)}
+    spare = tuple(axis for axis, size in mesh.shape.items() if axis not in used and size > 1)
     copies = math.prod(mesh.shape[axis] for axis in spare)
     free = [i for i, axis in enumerate(axes) if axis is None and array.shape[i] % copies == 0]
     if spare and free and array.ndim > 1:

@@ -93,10 +93,11 @@ class Golden:
         try:
             if "tensors" in content:
                 return cls(HuggingFace(), {name: _leaf(leaf) for name, leaf in content["tensors"].items()}, ())
-            leaves = content["leaves"]
+            leaves, attention_dp = content["leaves"], content["mesh"].get("attn_dp")
             layout = TpuInference(
                 version=content["versions"]["tpu-inference"],
-                tp=content["mesh"]["model"],
+                tp=content["mesh"]["model"] * (attention_dp or 1),
+                attention_dp=attention_dp,
                 moe_backend=(content["moe_backend"] or "gmm_tp").lower(),
             )
             trainer = {name: _leaf(leaf) for name, leaf in leaves.items() if leaf["owner"] == "trainer"}

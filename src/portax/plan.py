@@ -135,6 +135,11 @@ class Plan:
         return json.dumps({"layout": self.layout, **totals, **lists, "entries": entries}, indent=1)
 
 
+def axes_of(cut: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes over which a `PartitionSpec` cuts one dimension."""
+    return () if cut is None else (cut,) if isinstance(cut, str) else cut
+
+
 def spec_text(spec: PartitionSpec) -> str:
     """A partitioning as people write it: `P(None, 'model')`."""
     return f"P({', '.join(repr(axis) for axis in spec)})"

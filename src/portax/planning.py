@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from portax.errors import PlanError, Problem
 from portax.layers import Section
 from portax.layouts import Layout, Tensor
 from portax.names import family, fold, numbers
-from portax.plan import PROGRAMS_IN_FLIGHT, Entry, Plan, spec_text
+from portax.plan import PROGRAMS_IN_FLIGHT, Entry, Plan, axes_of, spec_text
 from portax.tracing import Hooks, Trace, trace
 from portax.trainer_state import TrainerState
 
@@ -142,20 +143,20 @@ def _entry_problems(entries: list[Entry], layout: Layout, strict_dtype: bool) ->
             what = "one source for each engine leaf"
             problems.append(Problem(entry.name, "two blocks of this name", what, "two hooks return the same weight"))
         written[entry.name] = entry
-        for size, axis in zip(entry.shape, entry.spec, strict=False):
-            if axis is not None and size % layout.mesh_axes[axis]:
-                problems.append(
-                    Problem(
-                        entry.name,
-                        f"a dimension of {size}",
-                        f"one that {axis}={layout.mesh_axes[axis]} divides",
-                        "this tensor-parallel size does not fit this model",
-                    )
-                )
+        problems += _cut_problems(entry, layout)
         if strict_dtype and entry.casts:
             cause = "strict_dtype=True; without it the values are rounded to nearest even"
             problems.append(Problem(entry.name, f"a narrowing cast, {', '.join(entry.casts)}", "none", cause))
     return problems
+
+
+def _cut_problems(entry: Entry, layout: Layout) -> Iterable[Problem]:
+    for size, cut in zip(entry.shape, entry.spec, strict=False):
+        axes = {axis: layout.mesh_axes[axis] for axis in axes_of(cut)}
+        if size % math.prod(axes.values()):
+            factors = " * ".join(f"{axis}={count}" for axis, count in axes.items() if count > 1)
+            cause = "this tensor-parallel size does not fit this model"
+            yield Problem(entry.name, f"a dimension of {size}", f"one that {factors} divides", cause)
 
 
 def _against_target(
@@ -186,7 +187,7 @@ def _mesh_problems(target: Mapping[str, Any], layout: Layout) -> list[Problem]:
             "the engine's mesh",
             f"{axis}={mesh.shape.get(axis, 1)} in {dict(mesh.shape)}",
             f"{axis}={size} from the layout",
-            "the layout was made for another tensor-parallel size",
+            "the layout was made for another tensor-parallel size, or another attention_dp",
         )
         for mesh in meshes
         for axis, size in layout.mesh_axes.items()
@@ -201,17 +202,17 @@ def _leaf_text(entry: Entry) -> str:
 def _leaf_problems(entry: Entry, leaf: Any) -> Iterable[Problem]:
     shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
     if (shape, dtype) != (entry.shape, entry.dtype):
-        cause = "tp, moe_backend, version or dtype of the layout is not the engine's, or the config is of another size"
+        cause = "tp, moe_backend, attention_dp, version or dtype is not the engine's, or the config is of another size"
         yield Problem(entry.name, f"{dtype}{list(shape)} in the engine", f"{_leaf_text(entry)} from the layout", cause)
         return
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and not _same_partitioning(sharding, entry):
-        cause = "the layout's tp or moe_backend is not the engine's"
+        cause = "the layout's tp, moe_backend or attention_dp is not the engine's"
         found = f"{spec_text(sharding.spec)} on {dict(sharding.mesh.shape)} in the engine"
         yield Problem(entry.name, found, f"{spec_text(entry.spec)} from the layout", cause)
 
 
 def _same_partitioning(sharding: NamedSharding, entry: Entry) -> bool:
-    if not {axis for axis in entry.spec if axis is not None} <= {*sharding.mesh.axis_names}:
+    if not {axis for cut in entry.spec for axis in axes_of(cut)} <= {*sharding.mesh.axis_names}:
         return False
     return NamedSharding(sharding.mesh, entry.spec).is_equivalent_to(sharding, len(entry.shape))

@@ -5,7 +5,7 @@ Everything is read off the engine; nothing is asked twice. Measured on vllm-tpu 
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,30 +55,40 @@ def engine_state(engine: Any) -> dict[str, Any]:
 
 
 def layout(engine: Any) -> TpuInference:
-    """How the engine holds weights: version, tensor-parallel size, MoE backend and dtype.
+    """How the engine holds weights: version, tensor-parallel size, attention data parallelism, MoE backend and dtype.
 
     Args:
         engine: As for `model_runner`.
 
     Raises:
-        LayoutError: It is quantised, or splits attention otherwise than the rest (attention data parallelism).
+        LayoutError: It is quantised, or its mesh cuts weights along axes that are not covered.
     """
     runner = model_runner(engine)
-    config, sharding = runner.vllm_config.model_config, runner.vllm_config.sharding_config
+    config = runner.vllm_config.model_config
     if config.quantization is not None:
         raise LayoutError(f"the engine is quantised ({config.quantization}); only unquantised weights are written")
-    if sharding.attn_dp_size != 1:
-        raise LayoutError(
-            f"attention data parallelism of {sharding.attn_dp_size}: attention is laid out for another tensor-parallel "
-            "size than the MLP, which is not covered; start the engine with NEW_MODEL_DESIGN unset"
-        )
+    tp, attention_dp = _parallel_sizes(runner.mesh.shape)
     modules = runner.model.model.modules()
     found = [getattr(getattr(module, "quant_method", None), "moe_backend", None) for module in modules]
     backends = {backend.name.lower() for backend in found if backend is not None}
     if len(backends) > 1:
         raise LayoutError(f"the engine's experts run on several backends: {', '.join(sorted(backends))}")
     dtype = jnp.dtype(str(config.dtype).removeprefix("torch."))
-    return TpuInference.installed(tp=sharding.tp_size, dtype=dtype, moe_backend=next(iter(backends), "gmm_tp"))
+    moe_backend = next(iter(backends), "gmm_tp")
+    return TpuInference.installed(tp=tp, attention_dp=attention_dp, moe_backend=moe_backend, dtype=dtype)
+
+
+def _parallel_sizes(mesh: Mapping[str, int]) -> tuple[int, int | None]:
+    """Tensor-parallel size as the engine was asked for it, of which `model` is attention's part, and attention_dp."""
+    known = ("data", "attn_dp", "model")
+    if others := [f"{axis}={size}" for axis, size in mesh.items() if axis not in known and size > 1]:
+        raise LayoutError(
+            f"the engine's mesh has {', '.join(others)}, and weights that are cut along other axes than attn_dp and "
+            "model are not covered: start the engine without expert_parallelism in its sharding strategy and without "
+            "context parallelism"
+        )
+    attention_dp = mesh.get("attn_dp")
+    return mesh["model"] * (attention_dp or 1), attention_dp
 
 
 def wrapper(engine: Any) -> str:

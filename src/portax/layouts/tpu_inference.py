@@ -2,7 +2,7 @@
 
 Every rule was read off the running engine (versions 0.20, 0.22 and 0.32; what lies between, in their code). In
 tpu-inference 0.32 they stand in layers/common/process_weights/{linear,moe}_weights.py,
-layers/vllm/custom_ops/linear.py and layers/vllm/quantization/unquantized.py.
+layers/vllm/custom_ops/linear.py, layers/vllm/quantization/{configs,unquantized}.py and layers/common/sharding.py.
 """
 
 import dataclasses
@@ -21,6 +21,8 @@ from portax.layouts.base import Layout, Tensor, as_matrix, flat_columns, in_deco
 
 _MOE_BACKENDS = ("gmm_tp", "gmm_ep", "fused_moe")
 _AXIS = "model"
+_LINEAR_AXES = ("model", "expert", "dcp")
+_TP_AXES = ("attn_dp", "attn_dp_expert", "expert", "model", "dcp", "pcp")
 _VOCAB_MULTIPLE = 64
 _EXPERT_MULTIPLE = 128
 _FUSED_MULTIPLE = 256
@@ -36,8 +38,10 @@ _RENAMED = (  # version, start of the name since, and before
     ((0, 30), "router.per_expert_scale", "moe.per_expert_scale"),
 )
 _EXPERTS_ROUTED = (0, 23)  # experts.routed_experts.w13_weight; before: experts.w13_weight
+_ATTENTION_DP = (0, 32)  # the first whose attention data parallelism was run
 
-_Cut: TypeAlias = tuple[str | None, ...]
+_Axes: TypeAlias = str | tuple[str, ...]
+_Cut: TypeAlias = tuple[_Axes | None, ...]
 _Experts: TypeAlias = tuple[Shaped[Array, "..."], Shaped[Array, "..."], _Cut, _Cut]  # w13, w2 and how each is cut
 
 _ENGINE_OWNED = re.compile(
@@ -53,14 +57,17 @@ class TpuInference(Layout):
 
     Attributes:
         version: tpu-inference's version, e.g. `0.32` or `0.32.0`.
-        tp: Tensor-parallel size: the size of the engine mesh's `model` axis.
+        tp: Tensor-parallel size, as the engine is asked for it.
         moe_backend: Which kernel runs the experts: `gmm_tp` (the engine's default), `gmm_ep` (expert parallelism), or
             `fused_moe` (expert parallelism with `USE_MOE_EP_KERNEL=1`).
+        attention_dp: Attention data-parallel size, for an engine with `NEW_MODEL_DESIGN=1`, whose mesh has seven axes:
+            linears are laid out for `tp // attention_dp` shards, experts and vocabulary for `tp`. None: a mesh of two
+            axes, `data` and `model`.
         dtype: What the engine stores weights in.
         allow_untested: Whether to use the newest known layout for a version newer than any that was checked.
 
     Raises:
-        LayoutError: The version, tp or backend is unknown.
+        LayoutError: The version, tp or backend is unknown, or attention_dp is not for that version or tp.
 
     Example:
         >>> portax.layouts.TpuInference(version="0.32", tp=4)
@@ -69,17 +76,33 @@ class TpuInference(Layout):
     version: str
     tp: int
     moe_backend: str = "gmm_tp"
+    attention_dp: int | None = None
     dtype: Any = jnp.dtype(jnp.bfloat16)
     allow_untested: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        if not isinstance(self.tp, int) or isinstance(self.tp, bool) or self.tp < 1:
-            raise LayoutError(f"tp={self.tp!r} is not a positive integer")
+        _must_be_positive("tp", self.tp)
         if self.moe_backend not in _MOE_BACKENDS:
             raise LayoutError(f"moe_backend={self.moe_backend!r} is unknown; known: {', '.join(_MOE_BACKENDS)}")
         if self._release < _OLDEST or (self._release > _NEWEST and not self.allow_untested):
             raise LayoutError(_out_of_table(self.version, newer=self._release > _NEWEST))
+        if self.attention_dp is not None:
+            self._check_attention_dp(self.attention_dp)
+
+    def _check_attention_dp(self, size: int) -> None:
+        _must_be_positive("attention_dp", size)
+        if self._release < _ATTENTION_DP:
+            since = f"tpu-inference {_text(_ATTENTION_DP)}"
+            raise LayoutError(
+                f"attention_dp={size} is covered since {since}, and this is {self.version}; older ones were not run "
+                "with it: upgrade the engine, or start it with NEW_MODEL_DESIGN unset"
+            )
+        if self.tp % size:
+            raise LayoutError(
+                f"attention_dp={size} does not divide tp={self.tp}: pass the tensor-parallel size that the engine was "
+                "asked for, which it splits into attention_dp times the shards of a linear"
+            )
 
     @classmethod
     def installed(cls, *, tp: int, **options: Any) -> "TpuInference":
@@ -110,8 +133,23 @@ class TpuInference(Layout):
 
     @property
     def mesh_axes(self) -> dict[str, int]:
-        """`{"model": tp}`."""
-        return {_AXIS: self.tp}
+        """`{"model": tp}`; with attention data parallelism every axis of the engine's mesh but `data`."""
+        if self.attention_dp is None:
+            return {_AXIS: self.tp}
+        return dict.fromkeys(_TP_AXES, 1) | {"attn_dp": self.attention_dp, _AXIS: self._linear_tp}
+
+    @property
+    def _linear_tp(self) -> int:
+        """Shards of a linear; attention data parallelism repeats each of them."""
+        return self.tp // (self.attention_dp or 1)
+
+    @property
+    def _linear_axes(self) -> _Axes:
+        return _AXIS if self.attention_dp is None else _LINEAR_AXES
+
+    @property
+    def _tp_axes(self) -> _Axes:
+        return _AXIS if self.attention_dp is None else _TP_AXES
 
     def path(self, tensor: Tensor, *, layer: int | str | None, wrapper: str) -> str:
         """`vllm_model.`, the wrapper, `model.` and the layer in front of the tensor's name."""
@@ -127,32 +165,38 @@ class TpuInference(Layout):
 
     def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:
         """`[in, out]`, cut on the side that is parallel."""
-        cut = {"column": (None, _AXIS), "row": (_AXIS, None), "replicated": (None, None)}[block.parallel]
+        axes = self._linear_axes
+        cut = {"column": (None, axes), "row": (axes, None), "replicated": (None, None)}[block.parallel]
         return (self._matrix(block.name, as_matrix(block), cut),)
 
     def merged_linear(self, block: blocks.MergedLinear) -> tuple[Tensor, ...]:
         """`[in, a0 b0 | a1 b1 | ...]`: every shard holds its slice of each part."""
         parts = [flat_columns(part) for group in block.parts for part in group]
         for part in parts:
-            self._must_divide(f"{block.name}: a part of width", part.shape[1])
-        return (self._matrix(block.name, kernels.interleave(parts, shards=self.tp), (None, _AXIS)),)
+            self._linear_must_divide(f"{block.name}: a part of width", part.shape[1])
+        merged = kernels.interleave(parts, shards=self._linear_tp)
+        return (self._matrix(block.name, merged, (None, self._linear_axes)),)
 
     def qkv(self, block: blocks.QKV) -> tuple[Tensor, ...]:
         """`[in, q0 k0 v0 | q1 k1 v1 | ...]` over all shards; see `kernels.pack_qkv`."""
-        heads, (kv_heads, dim) = block.query.shape[1], block.key.shape[1:]
-        self._must_divide(f"{block.name}: query heads =", heads)
-        replicated = self._release >= _KV_HEADS_REPLICATED
-        if replicated and kv_heads % self.tp and self.tp % kv_heads:
-            raise LayoutError(f"{block.name}: KV heads = {kv_heads} and tp={self.tp} do not divide either way")
-        if not replicated:
-            self._must_divide(f"{block.name}: KV heads * head_dim =", kv_heads * dim)
+        self._check_heads(block)
+        pack = functools.partial(
+            kernels.pack_qkv, shards=self._linear_tp, replicate_kv=self._release >= _KV_HEADS_REPLICATED
+        )
         value = block.key if block.value is None else block.value
-        packed = kernels.pack_qkv(block.query, block.key, value, shards=self.tp, replicate_kv=replicated)
-        matrix = self._matrix(f"{block.name}.qkv_proj", packed, (None, _AXIS))
+        packed = pack(block.query, block.key, value)
+        matrix = self._matrix(f"{block.name}.qkv_proj", packed, (None, self._linear_axes))
         if not block.bias:
             return (matrix,)
-        bias = kernels.pack_qkv(*block.bias, shards=self.tp, replicate_kv=replicated)
-        return matrix, Tensor(f"{block.name}.qkv_proj.bias", bias, self._spec(_AXIS))
+        return matrix, Tensor(f"{block.name}.qkv_proj.bias", pack(*block.bias), self._spec(self._linear_axes))
+
+    def _check_heads(self, block: blocks.QKV) -> None:
+        heads, (kv_heads, dim) = block.query.shape[1], block.key.shape[1:]
+        self._linear_must_divide(f"{block.name}: query heads =", heads)
+        if self._release < _KV_HEADS_REPLICATED:
+            self._linear_must_divide(f"{block.name}: KV heads * head_dim =", kv_heads * dim)
+        elif kv_heads % self._linear_tp and self._linear_tp % kv_heads:
+            raise LayoutError(f"{block.name}: KV heads = {kv_heads} and {self._linear_text} do not divide either way")
 
     def fused_moe(self, block: blocks.FusedMoE) -> tuple[Tensor, ...]:
         """w13 and w2 as the backend's kernel wants them."""
@@ -164,24 +208,25 @@ class TpuInference(Layout):
         )
 
     def _gmm_tp(self, block: blocks.FusedMoE) -> _Experts:
-        self._must_divide(f"{block.name}: MoE width", block.gate.shape[2])
+        if block.gate.shape[2] % self.tp:
+            raise LayoutError(f"{block.name}: MoE width {block.gate.shape[2]} is not divisible by tp={self.tp}")
         w13 = kernels.fuse_w13(block.gate, block.up, shards=self.tp, multiple=_EXPERT_MULTIPLE)
-        return w13, block.down, (None, None, _AXIS), (None, _AXIS, None)
+        return w13, block.down, (None, None, self._tp_axes), (None, self._tp_axes, None)
 
     def _gmm_ep(self, block: blocks.FusedMoE) -> _Experts:
         w13 = kernels.fuse_w13(block.gate, block.up, shards=1, multiple=_EXPERT_MULTIPLE)
-        return w13, block.down, (_AXIS,), (_AXIS,)
+        return w13, block.down, (self._tp_axes,), (self._tp_axes,)
 
     def _fused_moe(self, block: blocks.FusedMoE) -> _Experts:
         padded = [
             kernels.pad_axis(kernels.pad_axis(x, axis=1, multiple=_FUSED_MULTIPLE), axis=2, multiple=_FUSED_MULTIPLE)
             for x in (block.gate, block.up, block.down)
         ]
-        return jnp.stack(padded[:2], axis=1), padded[2], (_AXIS,), (_AXIS,)
+        return jnp.stack(padded[:2], axis=1), padded[2], (self._tp_axes,), (self._tp_axes,)
 
     def embedding(self, block: blocks.Embedding) -> tuple[Tensor, ...]:
         """`[vocab, embed]`, zero rows up to a multiple of 64."""
-        return (Tensor(f"{block.name}.weight", self._rows(block.table), self._spec(_AXIS, None)),)
+        return (Tensor(f"{block.name}.weight", self._rows(block.table), self._spec(self._tp_axes, None)),)
 
     def lm_head(self, block: blocks.LMHead) -> tuple[Tensor, ...]:
         """As the embedding, beside the decoder."""
@@ -194,7 +239,7 @@ class TpuInference(Layout):
         return (self._head(block.table, tied_to=f"{block.to}.weight"),)
 
     def _head(self, table: Shaped[Array, "vocab embed"], *, tied_to: str | None) -> Tensor:
-        spec = self._spec(_AXIS, None)
+        spec = self._spec(self._tp_axes, None)
         return Tensor("lm_head.weight", self._rows(table), spec, in_decoder=False, tied_to=tied_to)
 
     def _rows(self, table: Shaped[Array, "vocab embed"]) -> Shaped[Array, "padded_vocab embed"]:
@@ -205,12 +250,21 @@ class TpuInference(Layout):
             kernel, cut = kernels.transpose(kernel), cut[::-1]
         return Tensor(f"{name}.weight", kernel, self._spec(*cut))
 
-    def _spec(self, *axes: str | None) -> PartitionSpec:
+    def _spec(self, *axes: _Axes | None) -> PartitionSpec:
         return PartitionSpec() if self.tp == 1 else PartitionSpec(*axes)
 
-    def _must_divide(self, what: str, size: int) -> None:
-        if size % self.tp:
-            raise LayoutError(f"{what} {size} is not divisible by tp={self.tp}")
+    @property
+    def _linear_text(self) -> str:
+        return f"tp={self.tp}" if self.attention_dp is None else f"tp / attention_dp={self._linear_tp}"
+
+    def _linear_must_divide(self, what: str, size: int) -> None:
+        if size % self._linear_tp:
+            raise LayoutError(f"{what} {size} is not divisible by {self._linear_text}")
+
+
+def _must_be_positive(what: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise LayoutError(f"{what}={value!r} is not a positive integer")
 
 
 def _text(release: tuple[int, int]) -> str:
