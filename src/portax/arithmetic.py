@@ -37,3 +37,18 @@ class Affine:
         if self.over != 1.0:
             values = values * (np.float32(1) / np.float32(self.over))
         return kernels.raw(values.astype(trainer.dtype))
+
+    def inverse(self, y: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+        """Trainer's values whose hub values are these.
+
+        What rounding lost stays lost: of several values that round to the same one, any may be the answer.
+        """
+        wide = y.astype(np.float32) * np.float32(self.over) / np.float32(self.times) + np.float32(self.minus)
+        found = guess = wide.astype(y.dtype)
+        for towards in (-np.inf, np.inf):
+            neighbour = np.nextafter(guess, guess.dtype.type(towards))
+            found = np.where((self._hub(guess) != y) & (self._hub(neighbour) == y), neighbour, found)
+        return found
+
+    def _hub(self, x: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+        return np.asarray(kernels.cooked(self(kernels.raw(jnp.asarray(x)))))

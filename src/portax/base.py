@@ -17,6 +17,7 @@ from portax.layouts import Layout, TpuInference
 from portax.leaves import Leaves
 from portax.plan import Plan
 from portax.planning import make_plan
+from portax.restore import restore
 from portax.tracing import hold
 
 Weights: TypeAlias = dict[str, Shaped[Array, "..."]]
@@ -122,6 +123,27 @@ class BaseConverter(PlainDecoder):
             PlanError: As `plan`; before the first bucket.
         """
         return self._buckets(params, bucket_bytes, None)
+
+    def restore(self, weights: Mapping[str, Any], *, scanned: bool = True, dtype: Any = None) -> dict[str, np.ndarray]:
+        """The trainer's tree that these tensors were, or would have been, converted from.
+
+        Args:
+            weights: What this converter's layout makes, by full name, such as the tensors of a hub checkpoint; read
+                layer by layer.
+            scanned: Whether layers are to be stacked.
+            dtype: Dtype of the leaves; None keeps that of the tensors.
+
+        Returns:
+            Host arrays by path. Converted again they are the same weights. Leaves that a conversion scales or shifts
+            (embeddings of Gemma, some norms) are rounded once more; all others are bit for bit what was converted.
+
+        Raises:
+            PlanError: A tensor is missing, left over, or of another shape or kind. Names everything at once.
+            LayoutError: This layout does not hold every element exactly once, as the hub's does.
+        """
+        state = trainer_state.read(self.expected_tree(scanned=scanned))
+        sections = self._sections(state)
+        return restore(self, self._plan(state, sections, None, False), sections, weights, dtype)
 
     def expected_tree(self, *, scanned: bool = True, dtype: Any = np.float32) -> dict[str, jax.ShapeDtypeStruct]:
         """The trainer's tree that the configuration implies, for planning without one.

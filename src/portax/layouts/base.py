@@ -87,10 +87,15 @@ class Layout(abc.ABC):
         dtype = jnp.dtype(jnp.float32) if float32 else self.dtype or jnp.result_type(*dtypes)
         return tuple(
             dataclasses.replace(tensor, array=kernels.cooked(place(tensor.array, tensor.spec)))
-            for tensor in self._arrange(jax.tree.map(lambda leaf: _stored(leaf, dtype), block))
+            for tensor in self.arrange(jax.tree.map(lambda leaf: _stored(leaf, dtype), block))
         )
 
-    def _arrange(self, block: blocks.Block) -> tuple[Tensor, ...]:
+    def arrange(self, block: blocks.Block) -> tuple[Tensor, ...]:
+        """Moves, pads and repeats the arrays of one block, whatever their dtype; `hold` is this on raw bits.
+
+        Raises:
+            LayoutError: As `hold`.
+        """
         match block:
             case blocks.Linear():
                 return self.linear(block)

@@ -1,12 +1,17 @@
 """`HuggingFace`: the hub's tensors, which transformers and every other engine load."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax.numpy as jnp
 
 from portax import blocks, kernels
 from portax.layouts.base import Layout, Tensor, as_matrix, flat_columns, in_decoder
+
+_BESIDE = re.compile(
+    r"(^|\.)(visual|vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio)\.|^mtp\.|\.rotary_emb\.inv_freq$"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,10 @@ class HuggingFace(Layout):
     def path(self, tensor: Tensor, *, layer: int | str | None, wrapper: str) -> str:
         """`model.`, the wrapper and the layer in front of the tensor's name; the head stands alone."""
         return f"model.{wrapper}{in_decoder(tensor, layer)}" if tensor.in_decoder else tensor.name
+
+    def owns(self, name: str) -> bool:
+        """What a checkpoint holds beside the language model: other modalities, prediction of further tokens."""
+        return _BESIDE.search(name) is not None
 
     def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:
         """`[out, in]`."""
