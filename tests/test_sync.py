@@ -114,6 +114,7 @@ MESHES = {
     "same devices, other axes": (grid, (0, 8), {"fsdp": 8}, (0, 8), {"data": 4, "model": 2}),
     "one device": (grid, (0, 1), {"all": 1}, (0, 2), {"data": 1, "model": 2}),
     "disjoint 4 + 4": (grid, (0, 4), {"fsdp": 4}, (4, 4), {"data": 2, "model": 2}),
+    "disjoint 4 + 2": (grid, (0, 4), {"fsdp": 4}, (4, 2), {"data": 1, "model": 2}),
     "disjoint 2 + 4": (grid, (0, 2), {"fsdp": 2}, (4, 4), {"data": 2, "model": 2}),
     "overlapping, 6 of 8": (grid, (0, 6), {"fsdp": 6}, (2, 6), {"data": 3, "model": 2}),
 }
@@ -194,6 +195,19 @@ def test_host_arrays_and_trainer_shapes_known_beforehand(compilations):
     assert compiled == [0]
     assert wrong(state, golden) == []
     sync(filled(DENSE))
+    assert wrong(state, golden) == []
+
+
+@pytest.mark.parametrize("trainer", [grid(0, 8, fsdp=4, tensor=2), grid(4, 4, fsdp=2, tensor=2)])
+def test_under_a_trainer_that_forbids_even_explicit_transfers(trainer):
+    on = grid(0, 2, data=1, model=2) if trainer.size == 4 else None
+    sync, state, params, golden = made(DENSE, on=on, trainer=trainer, verify=True)
+    with (
+        jax.transfer_guard_host_to_device("disallow_explicit"),
+        jax.transfer_guard_device_to_host("disallow_explicit"),
+    ):
+        for _ in range(2):
+            sync(params)
     assert wrong(state, golden) == []
 
 

@@ -4,7 +4,16 @@ from portax import blocks, kernels, layouts
 from portax.arithmetic import Affine
 from portax.base import BaseConverter
 from portax.config import ModelConfig
-from portax.errors import ConfigError, GoldenError, LayoutError, PlanError, PortaxError, Problem, SyncError
+from portax.errors import (
+    ConfigError,
+    GoldenError,
+    LayoutError,
+    MissingPackageError,
+    PlanError,
+    PortaxError,
+    Problem,
+    SyncError,
+)
 from portax.layers import Layer, ScanForm
 from portax.leaves import Leaves
 from portax.models import (
@@ -37,6 +46,7 @@ __all__ = [
     "LayoutError",
     "Leaves",
     "LlamaConverter",
+    "MissingPackageError",
     "ModelConfig",
     "Plan",
     "PlanError",

@@ -166,7 +166,7 @@ class Executor:
         Args:
             job: What to make.
             targets: How each result is to be partitioned. If that is on other devices than the source's, results are
-                made on the source's, partitioned the same way where there are as many of them.
+                made on the source's, partitioned the same way where there are as many of them, or a multiple.
             donors: Arrays whose buffers the results take over, partitioned as the targets on the source's devices.
         """
         call = self._call(job, targets, donating=bool(donors))
@@ -235,7 +235,8 @@ class Executor:
         key = (position, source)
         if key not in self._positions:
             where = None if source is None else _replicated(source)
-            self._positions[key] = jax.device_put(np.array(position or (0,), np.int32), where)
+            with jax.transfer_guard_host_to_device("allow"):  # a few bytes, also where a trainer forbids transfers
+                self._positions[key] = jax.device_put(np.array(position or (0,), np.int32), where)
         return self._positions[key]
 
 
@@ -253,19 +254,27 @@ class _Call:
 
 
 def _reachable(source: Sharding | None, targets: tuple[Sharding, ...] | None) -> tuple[Sharding, ...] | None:
-    """How a program that runs on the source's devices can partition its results; None leaves it to the compiler."""
+    """How a program that runs on the source's devices can partition its results; None leaves it to the compiler.
+
+    With as many devices as the targets have, or a multiple, every shard of a target is whole on some device of the
+    source: otherwise JAX moves arrays by way of the host.
+    """
     if source is None or targets is None:
         return None
     own = device_order(source)
     if own == device_order(targets[0]):
         return targets
-    if len(own) != len(targets[0].device_set) or not all(isinstance(target, NamedSharding) for target in targets):
+    if len(own) % len(targets[0].device_set) or not all(isinstance(target, NamedSharding) for target in targets):
         return None
-    return tuple(
-        NamedSharding(Mesh(np.array(own).reshape(target.mesh.devices.shape), target.mesh.axis_names), target.spec)
-        for target in targets
-        if isinstance(target, NamedSharding)
-    )
+    return tuple(_repeated(target, np.array(own)) for target in targets if isinstance(target, NamedSharding))
+
+
+def _repeated(target: NamedSharding, devices: np.ndarray) -> NamedSharding:
+    """The same on other devices, as often as they suffice for it."""
+    shape, names = target.mesh.devices.shape, target.mesh.axis_names
+    if len(devices) > target.mesh.size:
+        shape, names = (-1, *shape), ("repeated", *names)
+    return NamedSharding(Mesh(devices.reshape(shape), names), target.spec)
 
 
 def _sliced_shardings(kind: Kind, arrays: tuple[Any, ...], scan_axis: int) -> tuple[NamedSharding | None, ...]:

@@ -1,1 +1,1 @@
-"""What connects portax to real engines and trainers; each module imports its engine only when it is used."""
+"""What connects portax to real engines and trainers; `import portax` imports none of it, and no other package."""

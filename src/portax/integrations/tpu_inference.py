@@ -20,7 +20,7 @@ def model_runner(engine: Any) -> Any:
     """The runner that holds the weights.
 
     Args:
-        engine: A `vllm.LLM`, or the runner itself.
+        engine: A `vllm.LLM`, or what else has its `llm_engine`; or the runner itself.
 
     Raises:
         SyncError: The engine's core runs in another process, where its arrays cannot be reached.
@@ -134,16 +134,17 @@ def updating(llm: Any) -> Iterator[None]:
     """Puts the engine in order around a sync: no stale prefixes before it, a KV cache after it, also after an error.
 
     Args:
-        llm: The `vllm.LLM`; no request may be in flight.
+        llm: The `vllm.LLM`, or what else has its `llm_engine`; no request may be in flight.
 
     Raises:
         SyncError: The prefix cache could not be reset, because requests are in flight.
     """
-    if not llm.reset_prefix_cache():
+    core = llm.llm_engine
+    if not core.reset_prefix_cache():
         raise SyncError("the prefix cache could not be reset: wait until no request is in flight, then sync")
-    llm.start_weight_update()
+    core.collective_rpc("start_weight_update")
     try:
         yield
     finally:
         model_runner(llm).refresh_state_leaves()
-        llm.finish_weight_update()
+        core.collective_rpc("finish_weight_update")

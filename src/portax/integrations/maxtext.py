@@ -1,0 +1,79 @@
+"""MaxText's `MaxTextTrainingEngine` with a portax converter. Tried with maxtext 0.2.5; imports nothing of it.
+
+In `prepare_weight_sync` the engine calls `convert(src_pytree, target_state=None)` of its weight converter, and gives
+the result to a transport. For a rollout in the same process see `portax.integrations.tunix`.
+"""
+
+from typing import Any
+
+from jax.sharding import Mesh
+
+from portax.base import BaseConverter, Weights
+from portax.errors import SyncError
+from portax.staging import Staging
+
+
+class WeightConverter:
+    """A converter with the signature of MaxText's.
+
+    What it returns stays in the same buffers from one call to the next: a transport registers them once, and is to be
+    done with them (`release_weight_sync`) before the next call.
+    """
+
+    def __init__(self, converter: BaseConverter, mesh: Mesh):
+        """Makes one.
+
+        Args:
+            converter: Says what the rollout engine holds.
+            mesh: The trainer's devices, with the axes that the rollout engine's specs name.
+
+        Raises:
+            LayoutError: The mesh does not fit the layout.
+        """
+        self._converter = converter
+        self._staging = Staging(converter, mesh)
+        self._checked: Any = None
+
+    def convert(self, src_pytree: Any, target_state: Any = None) -> Weights:
+        """The rollout engine's leaves by full name, flat, as tpu-inference names them to its transport.
+
+        Args:
+            src_pytree: The trainer's parameters, as for `converter.convert`.
+            target_state: What the rollout engine holds, or its shapes: is compared with what is made.
+
+        Raises:
+            PlanError: As for `converter.plan`.
+        """
+        if target_state is not None and target_state is not self._checked:
+            self._converter.plan(src_pytree, target_state)
+            self._checked = target_state
+        return self._staging.stage(src_pytree)
+
+
+def install(engine: Any, converter: BaseConverter, mesh: Mesh) -> WeightConverter:
+    """Makes a training engine convert with portax.
+
+    Args:
+        engine: A `MaxTextTrainingEngine`.
+        converter: As for `WeightConverter`.
+        mesh: As for `WeightConverter`.
+
+    Returns:
+        What the engine calls from now on.
+
+    Raises:
+        LayoutError: The mesh does not fit the layout.
+        SyncError: The engine has no weight converter to replace.
+
+    Example:
+        >>> install(engine, converter, Mesh(trainer_devices.reshape(-1, tp), ("data", "model")))
+        >>> engine.prepare_weight_sync()
+    """
+    for name in ("_weight_converter", "_use_weight_converter"):
+        if not hasattr(engine, name):
+            raise SyncError(
+                f"a {type(engine).__name__} without {name}: expected MaxText's MaxTextTrainingEngine, as in 0.2.5"
+            )
+    engine._weight_converter = WeightConverter(converter, mesh)
+    engine._use_weight_converter = True
+    return engine._weight_converter

@@ -1,0 +1,125 @@
+"""A trainer's tree with known values, twice, and what engines generate that load the checkpoints which hold the same.
+
+A case is a model at a tensor-parallel size of 2; `.adp2` at its end is attention data parallelism of 2 beside that.
+Folders and tokens are kept in $PORTAX_LIVE_WORK, if that is set, so that several checks share them.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+PROMPT, LENGTH, TP = list(range(1, 40)), 8, 2
+sys.path.insert(0, str(ROOT / "oracle" / "live"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model with two sets of weights.
+
+    Attributes:
+        name: The case.
+        config: The trainer's configuration.
+        params: The trainer's flat trees, by paths, of numpy arrays.
+        folders: Checkpoints with the same weights.
+        tokens: What an engine generates that loaded them.
+    """
+
+    name: str
+    config: dict
+    params: tuple
+    folders: tuple
+    tokens: tuple
+
+    def report(self, results):
+        """Prints what was generated beside what was to be; whether all was equal, and the weights tell in the tokens."""
+        for what, got, tokens in results:
+            verdict = "" if tokens is None else "equal" if got == tokens else f"not {tokens}"
+            sys.stdout.write(f"{self.name}  {what:30} {got}  {verdict}\n")
+        others = [got for _, got, tokens in results if tokens is None]
+        if silent := len({tuple(tokens) for tokens in (*self.tokens, *others)}) < 2 + len(others):
+            sys.stdout.write(f"{self.name}  the weights do not tell in the tokens: this check proves nothing\n")
+        return not silent and all(tokens in (None, got) for _, got, tokens in results)
+
+
+def engine(name, folder, **options):
+    """A live engine over a checkpoint."""
+    import live_engine
+
+    attention_dp = int(name.partition(".adp")[2] or 1)
+    split = {"attention_dp": attention_dp} if attention_dp > 1 else {}
+    return live_engine.make(folder, TP * attention_dp, **split, **options)
+
+
+@contextlib.contextmanager
+def made(name):
+    """The case of this name."""
+    import numpy as np
+
+    from portax.golden import Tree
+
+    model = name.partition(".adp")[0]
+    tree = Tree.load(GOLDEN / model / "source.json")
+    first = {path: np.tanh(leaf) * np.float32(0.25) for path, leaf in tree.fill().items()}
+    second = {path: np.flip(leaf).copy() for path, leaf in first.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        work = pathlib.Path(os.environ.get("PORTAX_LIVE_WORK", scratch))
+        folders = tuple(work / f"{name}.{which}" for which in ("first", "second"))
+        for params, folder in zip((first, second), folders, strict=True):
+            if not folder.exists():
+                _write_checkpoint(params, tree.config, model, folder)
+        yield Case(name, tree.config, (first, second), folders, tuple(_loaded(name, folder) for folder in folders))
+
+
+def _write_checkpoint(params, config, model, folder):
+    """A hub checkpoint that any engine loads."""
+    import jax.numpy as jnp
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    import portax
+
+    hub = portax.converter_for(config, layout=portax.layouts.HuggingFace(dtype=jnp.bfloat16)).convert(params)
+    folder.mkdir()
+    save_file({name: np.asarray(leaf) for name, leaf in hub.items()}, folder / "model.safetensors")
+    shutil.copy(GOLDEN / model / "config.json", folder)
+
+
+def _loaded(name, folder):
+    """Tokens of an engine that loads the checkpoint from disk, in a process of its own."""
+    tokens = folder / "tokens.json"
+    if not tokens.exists():
+        subprocess.run([sys.executable, "-W", "ignore", __file__, name, folder], check=True)
+    return json.loads(tokens.read_text())
+
+
+def checks(file, names, arguments):
+    """The exit code of a script that checks each name in a process of its own, because engines cannot be taken down."""
+    codes = [
+        subprocess.run([sys.executable, "-W", "ignore", file, "--check", name], check=False).returncode
+        for name in arguments or names
+    ]
+    return max(codes)
+
+
+def leave(code):
+    """Ends the process, whatever threads an engine still has."""
+    sys.stdout.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    import live_engine
+
+    name, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+    generated = live_engine.generate(engine(name, folder), PROMPT, LENGTH)
+    (folder / "tokens.json").write_text(json.dumps(generated))
+    leave(0)
