@@ -45,7 +45,8 @@ def main(where, rank, count, port):
     trainers, engines = {
         "together": (devices, devices),
         "apart": np.split(devices, 2),
-        "uneven": np.split(devices, [2]),
+        "many to few": np.split(devices, [6]),
+        "few to many": np.split(devices, [2]),
     }[where]
     trainer = Mesh(trainers.reshape(-1, 2), ("fsdp", "tensor"))
     engine = Mesh(engines.reshape(-1, 2), ("data", "model"))

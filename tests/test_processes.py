@@ -34,15 +34,16 @@ def run(where, count):
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("where", ["together", "apart"])
+@pytest.mark.parametrize(
+    ("where", "count"), [("together", 2), ("together", 4), ("apart", 2), ("apart", 4), ("many to few", 4)]
+)
 def test_trainer_and_engine_on_the_same_processes_and_on_different_ones(where, count):
     good = {"version": 2, "verified": "39 leaves, all equal", "wrong": [], "compiled again": 0, "elsewhere": []}
     assert run(where, count) == [good] * count
 
 
 def test_different_processes_with_unlike_numbers_of_devices():
-    for found in run("uneven", 4):
+    for found in run("few to many", 4):
         assert re.search(
             r"trainer has 2 devices, on process 0, and the engine 6, on processes \{1...3\}", found["error"]
         )

@@ -57,22 +57,22 @@ class Bridge:
     """
 
     def __init__(self, sources: Devices, targets: Devices):
-        """Pairs the devices of both sides, in order.
+        """Pairs the devices of both sides, in order; what the trainer has more of holds further copies.
 
         Raises:
-            SyncError: There are not as many of the one as of the other, or they share devices.
+            SyncError: The trainer has not as many as the engine, or a multiple, or they share devices.
         """
-        if len(sources) != len(targets) or set(sources) & set(targets):
+        if len(sources) % len(targets) or set(sources) & set(targets):
             raise SyncError(
                 f"the trainer has {len(sources)} devices, on {_processes(sources)}, and the engine {len(targets)}, on "
-                f"{_processes(targets)}: between processes each device of the one sends to one of the other, so both "
-                "need as many, and none in common. Or keep a copy in the engine's layout on the trainer's side, "
-                "portax.Staging(converter, mesh), and let a transport move it"
+                f"{_processes(targets)}: between processes each device of the engine gets its part from one of the "
+                "trainer, which therefore needs as many, or a multiple, and none in common. Or keep a copy in the "
+                "engine's layout on the trainer's side, portax.Staging(converter, mesh), and let a transport move it"
             )
         everyone = (*sources, *targets)
         self._mesh = Mesh(np.array(everyone), (_ALL,))
         self._cut = NamedSharding(self._mesh, PartitionSpec(_ALL))
-        self._pairs = [(i, i + len(sources)) for i in range(len(sources))]
+        self._pairs = [(i, i + len(sources)) for i in range(len(targets))]
         self._own = [device for device in everyone if device.process_index == jax.process_index()]
         self._compiled: dict[Any, Any] = {}
         self._highest = jax.jit(lambda x: x.max(0), out_shardings=NamedSharding(self._mesh, PartitionSpec()))
