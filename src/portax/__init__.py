@@ -3,8 +3,18 @@
 from portax import blocks, kernels, layouts
 from portax.arithmetic import Affine
 from portax.base import BaseConverter
+from portax.checkpoint import Checkpoint, open_checkpoint
 from portax.config import ModelConfig
-from portax.errors import ConfigError, GoldenError, LayoutError, PlanError, PortaxError, Problem, SyncError
+from portax.errors import (
+    CheckpointError,
+    ConfigError,
+    GoldenError,
+    LayoutError,
+    PlanError,
+    PortaxError,
+    Problem,
+    SyncError,
+)
 from portax.layers import Layer, ScanForm
 from portax.leaves import Leaves
 from portax.models import (
@@ -28,6 +38,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Affine",
     "BaseConverter",
+    "Checkpoint",
+    "CheckpointError",
     "ConfigError",
     "Gemma3Converter",
     "Gemma4Converter",
@@ -55,4 +67,5 @@ __all__ = [
     "converter_for",
     "kernels",
     "layouts",
+    "open_checkpoint",
 ]

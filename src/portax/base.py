@@ -1,6 +1,6 @@
 """`BaseConverter`: the pipeline from a trainer's parameters to an engine's weights, and the hooks of a model family."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -107,20 +107,21 @@ class BaseConverter(PlainDecoder):
             weights |= bucket
         return weights
 
-    def stream(self, params: Any, *, bucket_bytes: int) -> Iterator[Weights]:
+    def stream(self, params: Any, *, bucket_bytes: int, only: Container[str] | None = None) -> Iterator[Weights]:
         """The engine's weights in buckets, each converted when it is asked for.
 
         Args:
             params: As for `convert`.
             bucket_bytes: Bytes of one bucket; a leaf that is larger is a bucket of its own.
+            only: Names of the leaves that are wanted; None for all.
 
         Yields:
-            Finished weights by name; every leaf comes once.
+            Finished weights by name; every leaf comes once, in the order of the plan.
 
         Raises:
             PlanError: As `plan`; before the first bucket.
         """
-        return self._buckets(params, bucket_bytes, None)
+        return self._buckets(params, bucket_bytes, None, only)
 
     def expected_tree(self, *, scanned: bool = True, dtype: Any = np.float32) -> dict[str, jax.ShapeDtypeStruct]:
         """The trainer's tree that the configuration implies, for planning without one.
@@ -180,10 +181,16 @@ class BaseConverter(PlainDecoder):
         plan = self._plan(state, sections, None, strict_dtype)
         return execute.Conversion(plan, state, sections, self._executor)
 
-    def _buckets(self, params: Any, bucket_bytes: int | None, strict_dtype: bool | None) -> Iterator[Weights]:
+    def _buckets(
+        self,
+        params: Any,
+        bucket_bytes: int | None,
+        strict_dtype: bool | None,
+        only: Container[str] | None = None,
+    ) -> Iterator[Weights]:
         conversion = self.conversion(params, strict_dtype=strict_dtype)
         execute.check_arrays(conversion.state)
-        return self._executor.run(conversion.plan, conversion.sections, bucket_bytes)
+        return self._executor.run(conversion.plan, conversion.sections, bucket_bytes, only)
 
     def _sections(self, state: trainer_state.TrainerState) -> tuple[layers.Section, ...]:
         return layers.sections(state, self.config.param_scan_axis, self._traits)

@@ -20,6 +20,10 @@ class SyncError(PortaxError, RuntimeError):
     """A sync that cannot start, or whose result is not what the trainer holds."""
 
 
+class CheckpointError(PortaxError, ValueError):
+    """A checkpoint that cannot be read as what it should be, or cannot be written."""
+
+
 class GoldenError(PortaxError, ValueError):
     """A golden, tree or weights file that cannot be read as what it should be."""
 
