@@ -15,6 +15,7 @@ from portax.errors import (
     Problem,
     SyncError,
 )
+from portax.exporting import Export, export
 from portax.layers import Layer, ScanForm
 from portax.leaves import Leaves
 from portax.models import (
@@ -41,6 +42,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
+    "Export",
     "Gemma3Converter",
     "Gemma4Converter",
     "Gemma4SmallConverter",
@@ -65,6 +67,7 @@ __all__ = [
     "WeightSync",
     "blocks",
     "converter_for",
+    "export",
     "kernels",
     "layouts",
     "open_checkpoint",

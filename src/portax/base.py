@@ -84,7 +84,7 @@ class BaseConverter(PlainDecoder):
             PlanError: Anything is missing, left over, of another shape or kind. Names everything at once.
         """
         state = trainer_state.read(params)
-        return self._plan(state, self._sections(state), target, strict_dtype)
+        return self._plan(state, self.sections(state), target, strict_dtype)
 
     def convert(self, params: Any, *, strict_dtype: bool | None = None) -> Weights:
         """All of the engine's weights.
@@ -177,7 +177,7 @@ class BaseConverter(PlainDecoder):
             PlanError: As `plan`; also for arrays that cannot be read.
         """
         state = trainer_state.read(params)
-        sections = self._sections(state)
+        sections = self.sections(state)
         plan = self._plan(state, sections, None, strict_dtype)
         return execute.Conversion(plan, state, sections, self._executor)
 
@@ -192,7 +192,12 @@ class BaseConverter(PlainDecoder):
         execute.check_arrays(conversion.state)
         return self._executor.run(conversion.plan, conversion.sections, bucket_bytes, only)
 
-    def _sections(self, state: trainer_state.TrainerState) -> tuple[layers.Section, ...]:
+    def sections(self, state: trainer_state.TrainerState) -> tuple[layers.Section, ...]:
+        """The layers of each kind in a flat state.
+
+        Raises:
+            PlanError: Stacks of two forms are mixed.
+        """
         return layers.sections(state, self.config.param_scan_axis, self._traits)
 
     def _traits(self, found: Sequence[layers.Layer]) -> list[layers.Traits]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -52,7 +53,7 @@ class Reader:
             layer: The layer.
             needs: Whether this part is made of the leaf of this path; no other leaf is read.
             last: Whether no other part of the layer comes after this one.
-            mesh: Where the program runs: each device then reads its share alone. None leaves it in host memory.
+            mesh: Where the program runs: each device then reads its share alone. None: on the default device.
             shapes: Whether shapes in place of what would be read are enough.
         """
         arrays = tuple(layer.leaves[path] for path in kind.paths)
@@ -102,12 +103,13 @@ def _unread(leaf: LazyArray, at: _Index) -> np.ndarray:
 
 def _abstract(leaf: LazyArray, at: _Index, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
     shape = _rest(leaf, at)
-    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=None if mesh is None else _spread(shape, mesh))
+    sharding = jnp.zeros(()).sharding if mesh is None else _spread(shape, mesh)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
 
-def _read(leaf: LazyArray, at: _Index, mesh: Mesh | None) -> np.ndarray | jax.Array:
+def _read(leaf: LazyArray, at: _Index, mesh: Mesh | None) -> jax.Array:
     if mesh is None:
-        return leaf[at or ...]
+        return jax.device_put(leaf[at or ...])
     pieces: dict[Any, np.ndarray] = {}
 
     def piece(wanted: tuple[slice, ...] | None) -> np.ndarray:

@@ -16,11 +16,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import IO, Any, Protocol, TypeAlias
+from typing import IO, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Shaped
 
+from portax.disk import is_full, write_at
 from portax.errors import CheckpointError
 from portax.tables import size
 
@@ -30,6 +31,7 @@ _SLABS_IN_FLIGHT = 2
 _Slab: TypeAlias = tuple[slice, ...]
 
 
+@runtime_checkable
 class Store(Protocol):
     """What a stack is read from: an open `tensorstore.TensorStore`, or anything like it."""
 
@@ -87,7 +89,7 @@ class Scratch:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_full(error):
                 raise
             raise CheckpointError(f"{self.folder}: no temporary space is left, and it takes {need}") from error
 
@@ -143,18 +145,11 @@ class Unstacked:
             start = self._start(position) + sum(s.start * step for s, step in zip(slab, strides, strict=True))
             for outer in np.ndindex(piece.shape[:cut]):
                 at = start + sum(i * step for i, step in zip(outer, strides, strict=False))
-                _write_all(self.file.fileno(), piece[outer], at)
+                write_at(self.file.fileno(), piece[outer], at)
 
     def _start(self, position: tuple[int, ...]) -> int:
         number = int(np.ravel_multi_index(position, self.scan))
         return self.offset + number * math.prod(self.layer) * self.dtype.itemsize
-
-
-def _write_all(descriptor: int, values: np.ndarray, offset: int) -> None:
-    view = values.reshape(-1).view(np.uint8).data
-    done = 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)
 
 
 def _slabs(
