@@ -39,7 +39,7 @@ def run() -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Carries out a parsed command and returns its exit code."""
-    if flags.FLAGS["verbosity"].using_default_value:
+    if args.quiet:
         logging.set_verbosity(logging.WARNING)
     try:
         return args.command(args)
@@ -85,7 +85,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     check = command("doctor", _doctor, "Scramble an engine's state, sync into it, check every leaf; on shipped data.")
     check.add_argument("--model", default="qwen3-30b-a3b", metavar="NAME", help="a shipped tree (default: %(default)s)")
     check.add_argument("--tp", type=int, default=2, choices=demo.TENSOR_PARALLEL, help="tensor-parallel size")
-    return parser.parse_args(argv[1:])
+    args = parser.parse_args(argv[1:])
+    args.quiet = flags.FLAGS["verbosity"].using_default_value  # absl sets it afterwards
+    return args
 
 
 def _exit_codes() -> str:
