@@ -70,21 +70,27 @@ def identify(
         PlanError: It is no tree of parameters.
     """
     state = trainer_state.read(params)
-    best: dict[str, Match] = {}
-    for example in _examples(families, examples):
-        for match in _matches(families[example.decoder_block], example, state):
-            known = best.get(example.decoder_block)
-            if known is None or _rank(match) < _rank(known):
-                best[example.decoder_block] = match
-    matches = sorted(best.values(), key=_rank)
-    return [match for match in matches if not match.odd] or matches[:1]
+    structures = [*_structures(families, examples)]
+    nearest: list[Match] = []
+    for axis in (1, 0):
+        best: dict[str, Match] = {}
+        for structure in structures:
+            match = _match(families[structure.decoder_block], structure, state, axis)
+            if match is not None and (
+                match.decoder_block not in best or _rank(match) < _rank(best[match.decoder_block])
+            ):
+                best[match.decoder_block] = match
+        if fitting := [match for match in best.values() if not match.odd]:
+            return sorted(fitting, key=_rank)
+        nearest += best.values()
+    return sorted(nearest, key=_rank)[:1]
 
 
 def _rank(match: Match) -> tuple[int, bool, int]:
     return len(match.odd), not match.usual, len(match.untold)
 
 
-def _examples(families: Mapping[str, type[BaseConverter]], shipped: Iterable[ModelConfig]) -> Iterator[ModelConfig]:
+def _structures(families: Mapping[str, type[BaseConverter]], shipped: Iterable[ModelConfig]) -> Iterator[ModelConfig]:
     """One configuration for each structure that a family has."""
     structures = {_structure(config): config for config in shipped if config.decoder_block in families}
     yield from structures.values()
@@ -101,21 +107,19 @@ def _structure(config: ModelConfig) -> tuple[Any, ...]:
     return (*values.values(), config.num_experts > 1, config.num_kv_shared_layers)
 
 
-def _matches(family: type[BaseConverter], example: ModelConfig, state: trainer_state.TrainerState) -> Iterator[Match]:
-    for axis in (1, 0):
-        tied = "decoder/logits_dense/kernel" not in state.leaves
-        config = dataclasses.replace(example, param_scan_axis=axis, logits_via_embedding=tied)
-        try:
-            match = _match(family, config, state)
-        except PortaxError:  # no such tree is of this family
-            continue
-        yield match
-        if not match.odd:
-            return
+def _match(
+    family: type[BaseConverter], example: ModelConfig, state: trainer_state.TrainerState, axis: int
+) -> Match | None:
+    """Holds the state against one structure of a family; None if the family cannot read such a tree at all."""
+    tied = "decoder/logits_dense/kernel" not in state.leaves
+    try:
+        return _compared(family, dataclasses.replace(example, param_scan_axis=axis, logits_via_embedding=tied), state)
+    except PortaxError:
+        return None
 
 
-def _match(family: type[BaseConverter], config: ModelConfig, state: trainer_state.TrainerState) -> Match:
-    """Holds the state against one structure of a family; sizes follow from the axes that its hooks name."""
+def _compared(family: type[BaseConverter], config: ModelConfig, state: trainer_state.TrainerState) -> Match:
+    """Sizes follow from what the family's hooks call the axes of each leaf."""
     layout = Canonical()
     found = family(config, layout=layout).sections(state)
     layers = [layer for section in found for layer in section.layers if not section.kind.is_global]
@@ -169,7 +173,8 @@ def _read(converter: BaseConverter, section: Section) -> Mapping[str, str]:
     """Which leaves the hooks read of one layer, and what they call the size of each axis."""
     kind = section.kind
     leaves = _Listening(kind.paths, converter.config, traits=kind.traits)
-    jax.eval_shape(lambda: converter.global_weights(leaves) if kind.is_global else converter.layer_blocks(leaves))
+    hook = converter.global_weights if kind.is_global else converter.layer_blocks
+    jax.eval_shape(lambda: jax.tree.leaves(hook(leaves)))
     return leaves.axes
 
 
