@@ -7,6 +7,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+_ALIGNMENT = 64  # bytes; from such an address JAX takes an array on the CPU over as it is
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+    """As `numpy.empty`, in memory that a JAX array on the CPU shares instead of copying."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
+
 
 class LazyArray(abc.ABC):
     """An array that is somewhere else than in memory, such as a leaf of a checkpoint on disk.

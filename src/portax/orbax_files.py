@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from portax.errors import CheckpointError
-from portax.lazy import LazyArray
+from portax.lazy import LazyArray, empty
 from portax.scratch import Scratch, Unstacked
 
 _METADATA = "_METADATA"  # what Orbax writes beside the leaves of every tree
@@ -46,11 +46,14 @@ class StoredArray(LazyArray):
         Raises:
             CheckpointError: It cannot be read: files are missing or cut short, or the scratch has no space.
         """
-        at = () if at is ... else at
+        at = () if at is ... else at if isinstance(at, tuple) else (at,)
         axes = tuple(axis for axis, where in enumerate(at) if not isinstance(where, slice))
         try:
             if not any(self.chunk[axis] > 1 for axis in axes):
-                return self._store[at].read().result()
+                part = self._store[at]
+                found = empty(part.shape, self.dtype)
+                _import("tensorstore").array(found).write(part).result()
+                return found
             part = tuple(where for where in at if isinstance(where, slice))
             return self._layers(axes).read(tuple(at[axis] for axis in axes), part)
         except CheckpointError:

@@ -7,6 +7,7 @@ work, whatever the size of the model; how much of the file then stays in memory 
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -23,6 +24,7 @@ from jaxtyping import Shaped
 
 from portax.disk import is_full, write_at
 from portax.errors import CheckpointError
+from portax.lazy import empty
 from portax.tables import size
 
 _SLAB_BYTES = 2**26  # of a stack, read at a time; a chunk that is larger is read whole
@@ -76,8 +78,15 @@ class Scratch:
                 self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - lives as long as what is read
             unstacked = Unstacked(self._file, self._end, scan, rest, dtype)
             pieces = tuple(n for axis, n in enumerate(chunk) if axis not in axes)
-            for slab, layers in _slabs(store, pieces, axes, unstacked):
-                unstacked.write(slab, np.moveaxis(layers, axes, range(len(axes))))
+            with concurrent.futures.ThreadPoolExecutor(_SLABS_IN_FLIGHT) as pool:
+                writing: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+                for slab, layers in _slabs(store, pieces, axes, unstacked):
+                    if len(writing) == _SLABS_IN_FLIGHT:
+                        writing.popleft().result()
+                    writing.append(pool.submit(unstacked.write, slab, np.moveaxis(layers, axes, range(len(axes)))))
+                    del layers
+                for write in writing:
+                    write.result()
         self._end += nbytes
         return unstacked
 
@@ -122,7 +131,7 @@ class Unstacked:
         start = self._start(position)
         if any(where.indices(n) != (0, n, 1) for where, n in zip(part, self.layer, strict=False)):
             return np.array(np.memmap(self.file, self.dtype, "r", start, self.layer)[part])
-        whole = np.empty(self.layer, self.dtype)
+        whole = empty(self.layer, self.dtype)
         view = whole.reshape(-1).view(np.uint8).data
         done = 0
         while done < len(view):
