@@ -15,6 +15,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+CHECKPOINTS = pathlib.Path(__file__).parent / "checkpoints"
 TREES = sorted(path.name for path in GOLDEN.iterdir())
 
 

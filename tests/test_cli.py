@@ -8,11 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import GOLDEN, filled, tree
+from conftest import CHECKPOINTS, GOLDEN, filled, tree
 
 from portax import cli
 
 DENSE = GOLDEN / "qwen3-8b.scan"
+CHECKPOINT = CHECKPOINTS / "qwen3-0.6b.scan"
 ENGINE = ("--engine-version", "0.32", "--tp", "2")
 
 
@@ -71,20 +72,83 @@ def test_verify_a_users_own_weights(tmp_path):
 
 
 def test_convert_writes_what_the_library_makes(tmp_path):
-    out = tmp_path / "weights.safetensors"
+    out = tmp_path / "weights"
     args = ("convert", "--tree", DENSE / "source.json", *ENGINE, "--out", out)
-    assert "35 leaves" in portax(*args)
-    written = safetensors.numpy.load_file(out)
+    assert "35 tensors" in portax(*args)
+    written = safetensors.numpy.load_file(out / "model-00001-of-00001.safetensors")
     assert len(written) == 35
     assert written["vllm_model.model.layers.0.self_attn.qkv_proj.weight"].dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(
         written["vllm_model.model.embed_tokens.weight"][:200].astype(np.float32),
         filled("qwen3-8b.scan")["base/token_embedder/embedding"],
     )
-    before = out.read_bytes()
     assert "exists; nothing was written" in portax(*args, code=2)
-    assert out.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def main(*args):
+    return cli.main(cli.parse(["portax", *map(str, args)]))
+
+
+def test_a_checkpoint_to_the_hub(tmp_path, capsys):
+    out = tmp_path / "hub"
+    args = ("convert", CHECKPOINT / "orbax", "--config", CHECKPOINT / "hf_config.json", "--layout", "hf", "--out", out)
+    assert main(*args, "--dry-run") == 0
+    assert "would write   757 kB in 1 file to" in capsys.readouterr().out
+    assert [*tmp_path.iterdir()] == []
+    assert main(*args, "--json") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert (done["tensors"], done["shards"], done["nbytes"]) == (46, 1, 756992)
+    assert json.loads((out / "config.json").read_text())["model_type"] == "qwen3"
+    assert len(safetensors.numpy.load_file(out / "model-00001-of-00001.safetensors")) == 46
+
+
+def test_a_hub_export_without_its_config_says_so(tmp_path, capsys):
+    config = ("--config", CHECKPOINT / "maxtext_config.json", "--layout", "hf")
+    assert main("convert", CHECKPOINT / "orbax", *config, "--dtype", "bfloat16", "--out", tmp_path / "hub") == 0
+    out = capsys.readouterr().out
+    assert "46 tensors, 378 kB" in out
+    assert "no config.json was written" in out
+
+
+def test_an_interrupted_command_goes_on(tmp_path, capsys, caplog, monkeypatch):
+    config = ("--config", CHECKPOINT / "hf_config.json", "--layout", "hf")
+    args = ("convert", CHECKPOINT / "orbax", *config, "--out", tmp_path / "o", "--shard-bytes", "100000")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("portax.exporting.index", stop)
+        assert main(*args) == 130
+    assert "interrupted; what is whole is kept in" in caplog.text
+    assert not (tmp_path / "o").exists()
+    assert main(*args) == 0
+    assert "9 of them from before" in capsys.readouterr().out
+
+
+def test_inspect_names_the_family(capsys):
+    assert main("inspect", CHECKPOINT / "orbax") == 0
+    out = capsys.readouterr().out
+    for line in (
+        "parameters  13 leaves, 757 kB, float32",
+        "layers      4, scanned on axis 1",
+        "family      qwen3 (Qwen3Converter)",
+        "tpu-inference 0.32, tp=4",
+        "query heads = 4 is not divisible",
+    ):
+        assert line in out
+    assert main("inspect", CHECKPOINT / "orbax", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["root"] == "base/"
+    assert found["families"][0]["sizes"]["emb_dim"] == 64
+    assert {row["layout"]: row.get("bytes") for row in found["layouts"]}["hf"] == found["bytes"] == 756992
+
+
+def test_a_plan_of_a_checkpoint(capsys):
+    assert main("plan", CHECKPOINT / "orbax", "--config", CHECKPOINT / "maxtext_config.json", *ENGINE) == 0
+    assert "from" in capsys.readouterr().out
+    assert main("plan", CHECKPOINT / "orbax", "--model", "qwen3-8b", *ENGINE) == 1
 
 
 def test_plan_on_paper(capsys):
@@ -122,12 +186,26 @@ def test_a_plan_with_problems_lists_them():
         (("verify", "--tree", "gone.json", "--golden", DENSE / "hf.json"), "gone.json: cannot be read as JSON"),
         (
             ("convert", "--tree", "gone.safetensors", "--model", "qwen3-8b", *ENGINE, "--out", "x"),
-            "cannot be read as safetensors",
+            "gone.safetensors: there is no such checkpoint",
         ),
         (
-            ("convert", "--tree", "tree.bin", "--model", "qwen3-8b", *ENGINE, "--out", "x"),
-            "a tree is a .safetensors file",
+            ("convert", CHECKPOINT / "hf_config.json", CHECKPOINT, "--out", "x"),
+            "unrecognized arguments",
         ),
+        (("convert", "--model", "qwen3-8b", *ENGINE, "--out", "x"), "no weights: name a checkpoint or a tree"),
+        (
+            ("plan", CHECKPOINT, "--tree", CHECKPOINT, "--model", "qwen3-8b", *ENGINE),
+            "CHECKPOINT and --tree are the same thing",
+        ),
+        (
+            ("convert", CHECKPOINT, *ENGINE, "--hub-config", CHECKPOINT / "hf_config.json", "--out", "x"),
+            "a config.json goes with --layout hf",
+        ),
+        (
+            ("convert", CHECKPOINT, "--layout", "hf", "--hub-config", CHECKPOINT / "maxtext_config.json", "--out", "x"),
+            "has no model_type, so it is no hub config.json",
+        ),
+        (("inspect", "gone"), "gone: there is no such checkpoint"),
         (("explode",), "invalid choice: 'explode'"),
         ((), "the following arguments are required: command"),
     ],

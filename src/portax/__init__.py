@@ -3,8 +3,10 @@
 from portax import blocks, kernels, layouts
 from portax.arithmetic import Affine
 from portax.base import BaseConverter
+from portax.checkpoint import Checkpoint, open_checkpoint
 from portax.config import ModelConfig
 from portax.errors import (
+    CheckpointError,
     ConfigError,
     GoldenError,
     LayoutError,
@@ -14,6 +16,7 @@ from portax.errors import (
     Problem,
     SyncError,
 )
+from portax.exporting import Export, export
 from portax.layers import Layer, ScanForm
 from portax.leaves import Leaves
 from portax.models import (
@@ -37,7 +40,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Affine",
     "BaseConverter",
+    "Checkpoint",
+    "CheckpointError",
     "ConfigError",
+    "Export",
     "Gemma3Converter",
     "Gemma4Converter",
     "Gemma4SmallConverter",
@@ -63,6 +69,8 @@ __all__ = [
     "WeightSync",
     "blocks",
     "converter_for",
+    "export",
     "kernels",
     "layouts",
+    "open_checkpoint",
 ]

@@ -1,7 +1,7 @@
 """`BaseConverter`: the pipeline from a trainer's parameters to an engine's weights, and the hooks of a model family."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -86,7 +86,7 @@ class BaseConverter(PlainDecoder):
             PlanError: Anything is missing, left over, of another shape or kind. Names everything at once.
         """
         state = trainer_state.read(params)
-        return self._plan(state, self._sections(state), target, strict_dtype)
+        return self._plan(state, self.sections(state), target, strict_dtype)
 
     def convert(self, params: Any, *, strict_dtype: bool | None = None) -> Weights:
         """All of the engine's weights.
@@ -109,20 +109,21 @@ class BaseConverter(PlainDecoder):
             weights |= bucket
         return weights
 
-    def stream(self, params: Any, *, bucket_bytes: int) -> Iterator[Weights]:
+    def stream(self, params: Any, *, bucket_bytes: int, only: Container[str] | None = None) -> Iterator[Weights]:
         """The engine's weights in buckets, each converted when it is asked for.
 
         Args:
             params: As for `convert`.
             bucket_bytes: Bytes of one bucket; a leaf that is larger is a bucket of its own.
+            only: Names of the leaves that are wanted; None for all.
 
         Yields:
-            Finished weights by name; every leaf comes once.
+            Finished weights by name; every leaf comes once, in the order of the plan.
 
         Raises:
             PlanError: As `plan`; before the first bucket.
         """
-        return self._buckets(params, bucket_bytes, None)
+        return self._buckets(params, bucket_bytes, None, only)
 
     def restore(self, weights: Mapping[str, Any], *, scanned: bool = True, dtype: Any = None) -> dict[str, np.ndarray]:
         """The trainer's tree that these tensors were, or would have been, converted from.
@@ -142,7 +143,7 @@ class BaseConverter(PlainDecoder):
             LayoutError: This layout does not hold every element exactly once, as the hub's does.
         """
         state = trainer_state.read(self.expected_tree(scanned=scanned))
-        sections = self._sections(state)
+        sections = self.sections(state)
         return restore(self, self._plan(state, sections, None, False), sections, weights, dtype)
 
     def expected_tree(self, *, scanned: bool = True, dtype: Any = np.float32) -> dict[str, jax.ShapeDtypeStruct]:
@@ -199,16 +200,27 @@ class BaseConverter(PlainDecoder):
             PlanError: As `plan`; also for arrays that cannot be read.
         """
         state = trainer_state.read(params)
-        sections = self._sections(state)
+        sections = self.sections(state)
         plan = self._plan(state, sections, None, strict_dtype)
         return execute.Conversion(plan, state, sections, self._executor)
 
-    def _buckets(self, params: Any, bucket_bytes: int | None, strict_dtype: bool | None) -> Iterator[Weights]:
+    def _buckets(
+        self,
+        params: Any,
+        bucket_bytes: int | None,
+        strict_dtype: bool | None,
+        only: Container[str] | None = None,
+    ) -> Iterator[Weights]:
         conversion = self.conversion(params, strict_dtype=strict_dtype)
         execute.check_arrays(conversion.state)
-        return self._executor.run(conversion.plan, conversion.sections, bucket_bytes)
+        return self._executor.run(conversion.plan, conversion.sections, bucket_bytes, only)
 
-    def _sections(self, state: trainer_state.TrainerState) -> tuple[layers.Section, ...]:
+    def sections(self, state: trainer_state.TrainerState) -> tuple[layers.Section, ...]:
+        """The layers of each kind in a flat state.
+
+        Raises:
+            PlanError: Stacks of two forms are mixed.
+        """
         return layers.sections(state, self.config.param_scan_axis, self._traits)
 
     def _traits(self, found: Sequence[layers.Layer]) -> list[layers.Traits]:

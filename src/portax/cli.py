@@ -1,7 +1,7 @@
-"""The `portax` command: models, plan, convert, verify, demo, doctor.
+"""The `portax` command: models, inspect, plan, convert, verify, demo, doctor.
 
 Exit codes: 0 done and exact; 1 a leaf differs, or the plan has problems; 2 the command, a file, the configuration or
-the layout is not usable.
+the layout is not usable, or the disk is full; 130 interrupted.
 """
 
 import argparse
@@ -20,19 +20,17 @@ import numpy as np
 from absl import app, flags, logging
 from absl.flags import argparse_flags
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from rich.console import Console, RenderableType
 
-from portax import demo, doctor, files, layouts, report
+from portax import arguments, convert_command, demo, doctor, inspection, report
+from portax.checkpoint import open_checkpoint
 from portax.config import ModelConfig
-from portax.errors import ConfigError, PlanError, PortaxError
+from portax.errors import PlanError, PortaxError
 from portax.golden import Comparison, Golden, compare
 from portax.models import converter_for, families
 from portax.resources import config_path, configs
-from portax.tables import size
 
-_LAYOUTS = {"tpu-inference": layouts.TpuInference, "canonical": layouts.Canonical, "huggingface": layouts.HuggingFace}
+_INTERRUPTED = 130  # as shells count it
 
 
 def run() -> None:
@@ -42,7 +40,7 @@ def run() -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Carries out a parsed command and returns its exit code."""
-    if flags.FLAGS["verbosity"].using_default_value:
+    if args.quiet:
         logging.set_verbosity(logging.WARNING)
     try:
         return args.command(args)
@@ -66,15 +64,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         return sub
 
     command("models", _models, "List the model families, and the sizes whose configurations are shipped.")
+    look = command("inspect", _inspect, "Show what is in a checkpoint, and which model it is of; reads no weight.")
+    look.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="an Orbax checkpoint, or safetensors of a trainer's tree"
+    )
+    arguments.add_model(look)
     plan = command("plan", _plan, "Show what would be written from what; touches no weight.")
-    _add_model(plan, tree_required=False)
-    _add_layout(plan)
-    convert = command("convert", _convert, "Convert a tree and write the engine's weights to a safetensors file.")
-    _add_model(convert, tree_required=True)
-    _add_layout(convert)
-    convert.add_argument("--out", required=True, metavar="FILE", help="safetensors file to write; must not exist")
+    arguments.add_weights(plan)
+    arguments.add_model(plan)
+    arguments.add_layout(plan)
+    text = "Convert a checkpoint and write sharded safetensors; interrupted, the same command goes on."
+    convert_command.add(command("convert", _convert, text))
     verify = command("verify", _verify, "Convert a tree and hold every leaf against a golden file, both ways.")
-    _add_model(verify, tree_required=True)
+    arguments.add_weights(verify)
+    arguments.add_model(verify)
     verify.add_argument("--golden", required=True, metavar="FILE", help="digests of an engine's state, or hf.json")
     show = command("demo", _demo, "Convert shipped MaxText trees and check every leaf against the real engine's.")
     which = show.add_mutually_exclusive_group()
@@ -83,51 +86,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     check = command("doctor", _doctor, "Scramble an engine's state, sync into it, check every leaf; on shipped data.")
     check.add_argument("--model", default="qwen3-30b-a3b", metavar="NAME", help="a shipped tree (default: %(default)s)")
     check.add_argument("--tp", type=int, default=2, choices=demo.TENSOR_PARALLEL, help="tensor-parallel size")
-    return parser.parse_args(argv[1:])
+    args = parser.parse_args(argv[1:])
+    args.quiet = flags.FLAGS["verbosity"].using_default_value  # absl sets it afterwards
+    return args
 
 
 def _exit_codes() -> str:
     return " ".join((__doc__ or "").split("\n\n")[1].split())
-
-
-def _add_model(parser: argparse.ArgumentParser, *, tree_required: bool) -> None:
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", metavar="NAME", help="a model whose configuration is shipped, e.g. qwen3-30b-a3b")
-    which.add_argument("--config", metavar="FILE", help="MaxText model YAML, or a hub config.json")
-    help_text = "trainer's tree: .safetensors by path, or a dumped tree's .json (filled with probe values)"
-    if not tree_required:
-        help_text += "; without it, the tree that the configuration implies"
-    parser.add_argument("--tree", required=tree_required, metavar="FILE", help=help_text)
-
-
-def _add_layout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layout", choices=_LAYOUTS, default="tpu-inference", help="how the engine holds weights")
-    parser.add_argument("--engine-version", metavar="X.Y", help="version of tpu-inference; default: the installed one")
-    parser.add_argument("--tp", type=int, help="tensor-parallel size; required by tpu-inference")
-    parser.add_argument("--moe-backend", choices=("gmm_tp", "gmm_ep", "fused_moe"), default="gmm_tp")
-    help_text = "attention data-parallel size of a tpu-inference with NEW_MODEL_DESIGN=1"
-    parser.add_argument("--attention-dp", type=int, metavar="K", help=help_text)
-    parser.add_argument("--strict-dtype", action="store_true", help="make a cast that loses precision an error")
-
-
-def _layout(args: argparse.Namespace) -> layouts.Layout:
-    if args.layout != "tpu-inference":
-        return _LAYOUTS[args.layout]()
-    if args.tp is None:
-        raise ConfigError("--tp is required: a tensor-parallel size is never assumed")
-    options = {"tp": args.tp, "moe_backend": args.moe_backend, "attention_dp": args.attention_dp}
-    if args.engine_version is None:
-        return layouts.TpuInference.installed(**options)
-    return layouts.TpuInference(version=args.engine_version, **options)
-
-
-def _inputs(args: argparse.Namespace) -> tuple[dict[str, Any] | None, ModelConfig]:
-    """The tree, if one is given, and the configuration."""
-    params, carried = files.read_tree(args.tree) if args.tree else (None, None)
-    config = args.config or (config_path(args.model) if args.model else carried)
-    if config is None:
-        raise ConfigError("no configuration: pass --model or --config; this tree does not carry one")
-    return params, ModelConfig.of(config)
 
 
 def _models(args: argparse.Namespace) -> int:
@@ -140,29 +105,30 @@ def _models(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    params, config = _inputs(args)
-    converter = converter_for(config, layout=_layout(args), strict_dtype=args.strict_dtype)
+    params, config = arguments.weights_and_config(args, required=False)
+    converter = converter_for(config, layout=arguments.layout(args), strict_dtype=args.strict_dtype)
     plan = converter.plan(converter.expected_tree() if params is None else params)
     _print(plan.to_json() if args.json else str(plan))
     return 0
 
 
 def _convert(args: argparse.Namespace) -> int:
-    params, config = _inputs(args)
-    converter = converter_for(config, layout=_layout(args), strict_dtype=args.strict_dtype)
-    plan = converter.plan(params)
-    start = time.perf_counter()
-    weights: dict[str, Any] = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("converting", total=plan.bytes_out)
-        for bucket in converter.stream(params, bucket_bytes=2**28):
-            weights |= jax.device_get(bucket)
-            progress.advance(task, sum(leaf.nbytes for leaf in bucket.values()))
-    seconds = time.perf_counter() - start
-    files.write_weights(args.out, weights)
-    summary = {"out": args.out, "leaves": len(weights), "bytes": plan.bytes_out, "seconds": round(seconds, 3)}
-    text = f"{len(weights)} leaves, {size(plan.bytes_out)}, converted in {seconds:.1f} s; written to {args.out}"
-    _print(json.dumps(summary) if args.json else text)
+    try:
+        return convert_command.run(args, _print)
+    except KeyboardInterrupt:
+        logging.error("%s", convert_command.interrupted(args))
+        return _INTERRUPTED
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    given = args.config or (config_path(args.model) if args.model else None)
+    shipped = {path.stem: ModelConfig.of(path) for path in configs()}
+    config = None if given is None else ModelConfig.of(given)
+    found = inspection.inspect(open_checkpoint(args.checkpoint), shipped, config)
+    if args.json:
+        _print(json.dumps(found, indent=1))
+    else:
+        _show(inspection.report(found))
     return 0
 
 
@@ -171,7 +137,7 @@ def _verify(args: argparse.Namespace) -> int:
     axes = golden.layout.mesh_axes
     count = math.prod(axes.values())
     _simulate_devices(max(demo.DEVICES, count))
-    params, config = _inputs(args)
+    params, config = arguments.weights_and_config(args)
     mesh = Mesh(np.array(jax.devices()[:count]).reshape([*axes.values()]), tuple(axes)) if axes else None
     weights = converter_for(config, layout=golden.layout, mesh=mesh).convert(params)
     rows = compare(weights, golden)
@@ -222,7 +188,7 @@ def _run_json(run: demo.Run) -> dict[str, Any]:
     return {"model": run.model, "tp": run.tp, "exact": run.exact, "seconds": seconds, "leaves": _rows_json(run.rows)}
 
 
-def _show(table: Table) -> None:
+def _show(table: RenderableType) -> None:
     console = Console()
     Console(width=console.width if console.is_terminal else 160).print(table)
 

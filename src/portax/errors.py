@@ -24,6 +24,10 @@ class MissingPackageError(PortaxError, ImportError):
     """An integration whose packages are not installed."""
 
 
+class CheckpointError(PortaxError, ValueError):
+    """A checkpoint that cannot be read as what it should be, or cannot be written."""
+
+
 class GoldenError(PortaxError, ValueError):
     """A golden, tree or weights file that cannot be read as what it should be."""
 

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Array, Shaped
 from portax import kernels
 from portax.errors import PlanError, Problem
 from portax.layers import Kind, Layer, Section
+from portax.operands import Reader
 from portax.plan import PROGRAMS_IN_FLIGHT, Entry, Plan, axes_of
 from portax.tracing import Hooks, hold, layer_leaves
 from portax.traffic import received_bytes
@@ -52,17 +53,24 @@ class Job:
         layer: The layer.
         tensors: Which of the layer's tensors.
         entries: Those tensors, as planned.
+        last: Whether no other job of this layer comes after this one.
     """
 
     section: Section
     layer: Layer
     tensors: slice
     entries: tuple[Entry, ...]
+    last: bool
 
     @property
     def nbytes(self) -> int:
         """Bytes of all of them."""
         return sum(entry.nbytes for entry in self.entries)
+
+    def needs(self, leaf: str) -> bool:
+        """Whether any of them is made of this leaf, given by its path relative to the layer."""
+        path = self.layer.path(leaf)
+        return any(source.endswith(path) for entry in self.entries for source in entry.sources)
 
     @property
     def source_sharding(self) -> Sharding | None:
@@ -125,9 +133,10 @@ class Executor:
         self._programs: dict[Any, Any] = {}
         self._compiled: dict[Any, Program] = {}
         self._positions: dict[Any, jax.Array] = {}
+        self._reader = Reader(hooks.config.param_scan_axis)
 
     def run(
-        self, plan: Plan, sections: Iterable[Section], bucket_bytes: int | None
+        self, plan: Plan, sections: Iterable[Section], bucket_bytes: int | None, only: Container[str] | None = None
     ) -> Iterator[dict[str, Shaped[Array, "..."]]]:
         """Converts bucket by bucket.
 
@@ -135,17 +144,22 @@ class Executor:
             plan: A plan of these sections.
             sections: The trainer's weights.
             bucket_bytes: Most bytes in a bucket, where leaves permit; None makes each layer a bucket.
+            only: Names of the leaves that are wanted; None for all.
         """
         in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
         bucket: dict[str, jax.Array] = {}
         size = 0
         for job in jobs(plan, sections, bucket_bytes):
+            if only is not None and not any(entry.name in only for entry in job.entries):
+                continue
             if bucket and (bucket_bytes is None or size + job.nbytes > bucket_bytes):
                 yield bucket
                 bucket, size = {}, 0
             if len(in_flight) == PROGRAMS_IN_FLIGHT:  # what a consumer has already donated is ready
                 jax.block_until_ready([leaf for leaf in in_flight.popleft().values() if not leaf.is_deleted()])
             finished = self._run(job)
+            if only is not None:
+                finished = {name: leaf for name, leaf in finished.items() if name in only}
             in_flight.append(finished)
             bucket |= finished
             size += job.nbytes
@@ -169,7 +183,7 @@ class Executor:
                 made on the source's, partitioned the same way where there are as many of them, or a multiple.
             donors: Arrays whose buffers the results take over, partitioned as the targets on the source's devices.
         """
-        call = self._call(job, targets, donating=bool(donors))
+        call = self._call(job, targets, donating=bool(donors), shapes=False)
         ahead = self._compiled.get(call.signature)
         program = call.program if ahead is None else ahead.compiled
         position = self._placed(call.position, call.source)
@@ -186,7 +200,7 @@ class Executor:
             targets: How each result is to be partitioned.
             donating: Whether it will be given donors.
         """
-        call = self._call(job, targets, donating=donating)
+        call = self._call(job, targets, donating=donating, shapes=True)
         if call.signature in self._compiled:
             return self._compiled[call.signature]
         donors: tuple[jax.ShapeDtypeStruct, ...] = ()
@@ -202,8 +216,13 @@ class Executor:
         self._compiled[call.signature] = Program(compiled, received_bytes(compiled.as_text(), devices))
         return self._compiled[call.signature]
 
-    def _call(self, job: Job, targets: tuple[Sharding, ...] | None, *, donating: bool) -> "_Call":
-        kind, arrays, position = _operands(job, self._hooks.config.param_scan_axis)
+    def _call(self, job: Job, targets: tuple[Sharding, ...] | None, *, donating: bool, shapes: bool) -> "_Call":
+        mesh = _mesh(_auto_sharding(targets[0])) if targets else None
+        operands = self._reader.operands(
+            job.section.kind, job.layer, needs=job.needs, last=job.last, mesh=mesh, shapes=shapes
+        )
+        kind, position = operands.kind, operands.position
+        arrays = tuple(_automatic(leaf) for leaf in operands.arrays)
         source = next((leaf.sharding for leaf in arrays if getattr(leaf, "sharding", None) is not None), None)
         reached = _reachable(source, targets)
         wanted = reached and tuple(_auto_sharding(target) for target in reached)
@@ -309,16 +328,6 @@ def _spread(array: Shaped[Array, "..."], mesh: Mesh, spec: PartitionSpec) -> Sha
     return lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
 
-def _operands(job: Job, scan_axis: int) -> tuple[Kind, tuple[Any, ...], tuple[int, ...]]:
-    """What a program is called with. Stacks in host memory are sliced there, so that one layer at a time is moved."""
-    kind, position = job.section.kind, job.layer.position
-    arrays = tuple(_automatic(leaf) for leaf in job.section.arrays(job.layer))
-    if position and all(isinstance(leaf, np.ndarray) for leaf in arrays):
-        at = (slice(None),) * scan_axis + position
-        return dataclasses.replace(kind, scan=()), tuple(leaf[at] for leaf in arrays), ()
-    return kind, arrays, position
-
-
 def jobs(plan: Plan, sections: Iterable[Section], bucket_bytes: int | None) -> Iterator[Job]:
     """The work of a plan, in order: a layer at a time, or parts of one where it is larger than a bucket."""
     entries = iter(plan.entries)
@@ -326,7 +335,7 @@ def jobs(plan: Plan, sections: Iterable[Section], bucket_bytes: int | None) -> I
         for layer in section.layers:
             mine = tuple(itertools.islice(entries, count))
             for chosen in _cuts(mine, bucket_bytes):
-                yield Job(section, layer, chosen, mine[chosen])
+                yield Job(section, layer, chosen, mine[chosen], last=chosen.stop == count)
 
 
 def _cuts(entries: tuple[Entry, ...], most: int | None) -> Iterator[slice]:

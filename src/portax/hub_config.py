@@ -33,6 +33,7 @@ _GEMMA4 = {
     "hidden_size_per_layer_input": "hidden_size_per_layer_input",
     "vocab_size_per_layer_input": "vocab_size_per_layer_input",
 }
+_PER_LAYER = {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_key_value_heads"}
 _Fixed = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
@@ -92,6 +93,7 @@ def fields(source: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             f"not a usable model configuration:\n  model_type: {hub.get('model_type')!r} is not known; known: {known}"
         )
     keys, fixed = _FAMILIES[hub["model_type"]]
+    hub = _respelled(hub)
     if hub.get("head_dim") is None and {"hidden_size", "num_attention_heads"} <= {*hub}:
         hub = {**hub, "head_dim": hub["hidden_size"] // hub["num_attention_heads"]}
     problems = [f"{key}: missing from the hub config" for key in keys.values() if hub.get(key) is None]
@@ -102,3 +104,15 @@ def fields(source: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         problems.append("shared_expert_intermediate_size: MaxText has no model where it is not moe_intermediate_size")
     values = {name: hub[key] for name, key in keys.items() if key in hub}
     return {"logits_via_embedding": hub.get("tie_word_embeddings", False)} | values | fixed(hub), problems
+
+
+def _respelled(hub: Mapping[str, Any]) -> dict[str, Any]:
+    """The same config without the spellings that transformers has had since 5.20."""
+    found = dict(hub)
+    if found.get("num_experts") is None and "num_local_experts" in found:
+        found["num_experts"] = found["num_local_experts"]
+    kinds = found.get("layer_types") or []
+    special = (found.get("per_layer_config") or {}).items()
+    for layer in [layer for number, layer in special if kinds[int(number)] == "full_attention"][:1]:
+        found |= {name: layer[key] for name, key in _PER_LAYER.items() if key in layer and found.get(name) is None}
+    return found

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from portax.errors import PlanError, Problem
+from portax.lazy import LazyArray
 
 _ROOTS = ("base", "params")
-_ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
+_ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic, LazyArray)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,98 @@
+"""Arguments that commands have in common: the weights, the model, the layout."""
+
+import argparse
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from portax import files, layouts
+from portax.config import ModelConfig
+from portax.errors import ConfigError
+from portax.resources import config_path
+
+_LAYOUTS = {
+    "tpu-inference": layouts.TpuInference,
+    "canonical": layouts.Canonical,
+    "hf": layouts.HuggingFace,
+    "huggingface": layouts.HuggingFace,
+}
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds the weights: a checkpoint or a tree."""
+    text = (
+        "an Orbax checkpoint (a folder or URL: its tree, its step, or a run with one step), a trainer's tree as "
+        ".safetensors by path, or a dumped tree's .json (filled with probe values)"
+    )
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=text)
+    parser.add_argument("--tree", metavar="FILE", help="the same, as an option")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the model's configuration."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", metavar="NAME", help="a model whose configuration is shipped, e.g. qwen3-30b-a3b")
+    which.add_argument("--config", metavar="FILE", help="MaxText model YAML or JSON, or a hub config.json")
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """Adds the layout."""
+    parser.add_argument("--layout", choices=_LAYOUTS, default="tpu-inference", help="how the engine holds weights")
+    parser.add_argument("--engine-version", metavar="X.Y", help="version of tpu-inference; default: the installed one")
+    parser.add_argument("--tp", type=int, help="tensor-parallel size; required by tpu-inference")
+    parser.add_argument("--moe-backend", choices=("gmm_tp", "gmm_ep", "fused_moe"), default="gmm_tp")
+    text = "attention data-parallel size of a tpu-inference with NEW_MODEL_DESIGN=1"
+    parser.add_argument("--attention-dp", type=int, metavar="K", help=text)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the layout's own")
+    parser.add_argument("--strict-dtype", action="store_true", help="make a cast that loses precision an error")
+
+
+def layout(args: argparse.Namespace) -> layouts.Layout:
+    """The layout that was asked for.
+
+    Raises:
+        ConfigError: tpu-inference without a tensor-parallel size.
+        LayoutError: Its version or size is unknown.
+    """
+    dtype = {} if args.dtype is None else {"dtype": jnp.dtype(args.dtype)}
+    if args.layout != "tpu-inference":
+        return _LAYOUTS[args.layout](**dtype)
+    if args.tp is None:
+        raise ConfigError("--tp is required: a tensor-parallel size is never assumed")
+    options: dict[str, Any] = {
+        "tp": args.tp,
+        "moe_backend": args.moe_backend,
+        "attention_dp": args.attention_dp,
+        **dtype,
+    }
+    if args.engine_version is None:
+        return layouts.TpuInference.installed(**options)
+    return layouts.TpuInference(version=args.engine_version, **options)
+
+
+def weights_and_config(
+    args: argparse.Namespace, *, required: bool = True, scratch: pathlib.Path | None = None
+) -> tuple[Mapping[str, Any] | None, ModelConfig]:
+    """The weights, if any are named, and the configuration.
+
+    Args:
+        args: The parsed command.
+        required: Whether there must be weights.
+        scratch: As for `open_checkpoint`.
+
+    Raises:
+        ConfigError: There is no configuration, or it is not usable; or no weights where there must be.
+        CheckpointError: The weights cannot be read.
+    """
+    if args.checkpoint and args.tree:
+        raise ConfigError("CHECKPOINT and --tree are the same thing: name one")
+    named = args.checkpoint or args.tree
+    if named is None and required:
+        raise ConfigError("no weights: name a checkpoint or a tree")
+    params, carried = files.open_tree(named, scratch=scratch) if named else (None, None)
+    config = args.config or (config_path(args.model) if args.model else carried)
+    if config is None:
+        raise ConfigError("no configuration: pass --model or --config; these weights do not carry one")
+    return params, ModelConfig.of(config)

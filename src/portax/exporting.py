@@ -1,0 +1,145 @@
+"""`export`: a converted model on disk, as sharded safetensors that transformers and every engine load."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+import portax
+from portax import config_json
+from portax.base import BaseConverter
+from portax.checkpoint import Checkpoint
+from portax.disk import write_text
+from portax.errors import CheckpointError
+from portax.plan import Plan
+from portax.safetensors_files import INDEX
+from portax.shard_writer import ShardWriter
+from portax.shards import Shard, index, make_shards
+from portax.tables import size
+from portax.workplace import refuse_existing, workplace
+
+SHARD_BYTES = 5 * 10**9
+BUCKET_BYTES = 2**28
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What an export did.
+
+    Attributes:
+        folder: What was written.
+        tensors: How many tensors it holds.
+        shards: How many files hold them.
+        resumed: How many of those were there already, from an export that was interrupted.
+        nbytes: Bytes of all tensors.
+        seconds: How long it took.
+    """
+
+    folder: str
+    tensors: int
+    shards: int
+    resumed: int
+    nbytes: int
+    seconds: float
+
+
+def export(
+    converter: BaseConverter,
+    params: Any,
+    folder: str | os.PathLike,
+    *,
+    hub_config: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    bucket_bytes: int = BUCKET_BYTES,
+    progress: Callable[[int], None] | None = None,
+) -> Export:
+    """Converts, and writes sharded safetensors, their index and, if it is given, a `config.json`; in bounded memory.
+
+    This holds three buckets, and the layer that is in work. Nothing has the final name before everything is there:
+    until then it grows in a folder beside it, `.NAME.unfinished`. The same export, started again, goes on from there.
+
+    Args:
+        converter: The converter, and with it the layout.
+        params: What `converter.convert` takes. Only a `Checkpoint` is known again, so that its export can be resumed.
+        folder: What to write; must not exist.
+        hub_config: The content of the hub's `config.json` of this model, held against the plan.
+        shard_bytes: Most bytes of tensors in one file.
+        bucket_bytes: Bytes that are converted, and written, at a time.
+        progress: Called with the bytes that have been written since it was called last.
+
+    Returns:
+        What was done.
+
+    Raises:
+        PlanError: As `converter.plan`; before anything is written.
+        ConfigError: `hub_config` is of another model.
+        CheckpointError: The folder exists or cannot be written, there is no space for it, or `params` cannot be read.
+
+    Example:
+        >>> portax.export(converter, portax.open_checkpoint("checkpoints/1000/items"), "qwen3-8b-hf")
+    """
+    start = time.perf_counter()
+    folder = pathlib.Path(folder)
+    refuse_existing(folder)
+    plan = converter.plan(params)
+    if hub_config is not None:
+        config_json.check(hub_config, converter, plan)
+    shards = make_shards(plan.entries, shard_bytes)
+    report = progress or (lambda _: None)
+    with workplace(folder, _manifest(converter, params, plan, shards)) as unfinished:
+        todo = [shard for shard in shards if not shard.is_whole(unfinished)]
+        _check_space(unfinished, sum(shard.nbytes for shard in todo))
+        report(sum(shard.tensor_bytes for shard in shards if shard not in todo))
+        with ShardWriter(unfinished, todo, report) as writer:
+            _stream(converter, params, writer, {name for shard in todo for name in shard.offsets}, bucket_bytes)
+        write_text(unfinished / INDEX, index(shards))
+        if hub_config is not None:
+            write_text(
+                unfinished / "config.json", json.dumps(config_json.with_dtype(hub_config, plan), indent=2) + "\n"
+            )
+    seconds = time.perf_counter() - start
+    return Export(str(folder), len(plan.entries), len(shards), len(shards) - len(todo), plan.bytes_out, seconds)
+
+
+def _manifest(converter: BaseConverter, params: Any, plan: Plan, shards: tuple[Shard, ...]) -> Mapping[str, Any] | None:
+    if not isinstance(params, Checkpoint):
+        return None
+    return {
+        "portax": portax.__version__,
+        "layout": repr(converter.layout),
+        "converter": f"{type(converter).__module__}.{type(converter).__qualname__}",
+        "wrapper": converter.wrapper,
+        "config": dataclasses.asdict(converter.config),
+        "source": params.identity,
+        "plan": hashlib.sha256(plan.to_json().encode()).hexdigest(),
+        "shards": {shard.name: shard.nbytes for shard in shards},
+    }
+
+
+def _check_space(folder: pathlib.Path, need: int) -> None:
+    if need > (free := shutil.disk_usage(folder).free):
+        raise CheckpointError(f"{folder.parent}: {size(free)} are free, and {size(need)} would be written")
+
+
+def _stream(converter: BaseConverter, params: Any, writer: ShardWriter, names: set[str], bucket_bytes: int) -> None:
+    """Writes one bucket while the next one is read and converted."""
+    if not names:
+        return
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        writing: concurrent.futures.Future[None] | None = None
+        for bucket in converter.stream(params, bucket_bytes=bucket_bytes, only=names):
+            host = jax.device_get(bucket)
+            if writing is not None:
+                writing.result()
+            writing = pool.submit(writer.write, host)
+            del bucket, host
+        if writing is not None:
+            writing.result()

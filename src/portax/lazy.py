@@ -1,0 +1,51 @@
+"""`LazyArray`: a weight that is read when it is asked for, a part at a time."""
+
+import abc
+import math
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+_ALIGNMENT = 64  # bytes; from such an address JAX takes an array on the CPU over as it is
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+    """As `numpy.empty`, in memory that a JAX array on the CPU shares instead of copying."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+class LazyArray(abc.ABC):
+    """An array that is somewhere else than in memory, such as a leaf of a checkpoint on disk.
+
+    A plan needs its shape and dtype alone. A conversion asks for one layer's part of it, or for all of it, as
+    `array[at]`, and drops what it got as soon as that layer is done.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def ndim(self) -> int:
+        """How many axes it has."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it, in memory."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @abc.abstractmethod
+    def __getitem__(self, at: Any) -> Shaped[np.ndarray, "..."]:
+        """Reads a part into host memory.
+
+        Args:
+            at: Numbers and slices (of step 1), one for each of the first axes; `...` for all of it.
+        """

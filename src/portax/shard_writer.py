@@ -1,0 +1,68 @@
+"""`ShardWriter`: tensors into shards, in the order in which they are made."""
+
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from portax.disk import PART, write_at
+from portax.shards import Shard
+
+
+class ShardWriter:
+    """Puts tensors where they belong. A file has its own name as soon as all of its tensors are in it, and not before.
+
+    A context manager: files that are not whole when it ends are removed.
+    """
+
+    def __init__(self, folder: pathlib.Path, shards: Iterable[Shard], report: Callable[[int], None]):
+        """Makes a writer.
+
+        Args:
+            folder: Where the files are made.
+            shards: The files.
+            report: Called with the bytes of every tensor that has been written.
+        """
+        self._folder = folder
+        self._of = {name: shard for shard in shards for name in shard.offsets}
+        self._missing = {shard.name: {*shard.offsets} for shard in self._of.values()}
+        self._open: dict[str, int] = {}
+        self._report = report
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, descriptor in self._open.items():
+            os.close(descriptor)
+            self._part(name).unlink()
+
+    def write(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Writes tensors, each once.
+
+        Raises:
+            OSError: The disk is full, or does not work.
+        """
+        for name, tensor in tensors.items():
+            shard = self._of[name]
+            write_at(self._descriptor(shard), np.ascontiguousarray(tensor), shard.offsets[name])
+            self._report(tensor.nbytes)
+            self._missing[shard.name].remove(name)
+            if not self._missing[shard.name]:
+                self._finish(shard)
+
+    def _part(self, name: str) -> pathlib.Path:
+        return self._folder / f"{name}{PART}"
+
+    def _descriptor(self, shard: Shard) -> int:
+        if shard.name not in self._open:
+            flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
+            self._open[shard.name] = os.open(self._part(shard.name), flags, 0o666)
+            write_at(self._open[shard.name], np.frombuffer(shard.header, np.uint8), 0)
+        return self._open[shard.name]
+
+    def _finish(self, shard: Shard) -> None:
+        os.fsync(self._open[shard.name])
+        os.close(self._open.pop(shard.name))
+        self._part(shard.name).rename(self._folder / shard.name)
