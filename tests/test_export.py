@@ -71,7 +71,7 @@ def stopping_after(nbytes, error):
 def interrupted(converter, out, nbytes=400_000, error=None, **options):
     with pytest.raises((StopHere, portax.CheckpointError)):
         portax.export(
-            converter, opened(), out, progress=stopping_after(nbytes, error or StopHereHere()), **{**SHARDS, **options}
+            converter, opened(), out, progress=stopping_after(nbytes, error or StopHere()), **{**SHARDS, **options}
         )
     assert not out.exists()
     return out.with_name(".out.unfinished")
