@@ -221,11 +221,3 @@ def test_a_checkpoint_that_breaks_off_leaves_nothing_that_looks_whole(converter,
         portax.export(converter, opened(tmp_path / "copy"), out, **SHARDS)
     assert not out.exists()
     assert not [*tmp_path.rglob("*index.json")]
-
-
-def test_transformers_loads_it(converter, out):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("torch")
-    portax.export(converter, opened(), out, hub_config=HUB_CONFIG, **SHARDS)
-    _, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not any(info.values())

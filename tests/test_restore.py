@@ -1,9 +1,11 @@
 """The way back: a trainer's tree from the hub's tensors, or from any layout that holds everything once."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TREES, filled, tree
+from conftest import CHECKPOINTS, TREES, filled, tree
 
 import portax
 from portax.layouts import Canonical, HuggingFace, TpuInference
@@ -103,3 +105,18 @@ def test_everything_that_is_wrong_is_said_at_once():
         "adapter: found a te",
     ):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path for path in CHECKPOINTS.iterdir() if path.is_dir()), ids=lambda p: p.name
+)
+def test_a_real_checkpoint_comes_back_from_its_export(folder, tmp_path):
+    config = json.loads((folder / "maxtext_config.json").read_text())
+    converter = portax.converter_for(config, layout=HuggingFace())
+    checkpoint = portax.open_checkpoint(folder / "orbax")
+    portax.export(converter, checkpoint, tmp_path / "hub")
+    back = converter.restore(portax.open_checkpoint(tmp_path / "hub"))
+    params = {path.removeprefix("base/"): leaf[...] for path, leaf in checkpoint.items()}
+    assert back.keys() == params.keys()
+    scaled = [path for path in params if "gemma" in folder.name and "token_embedder" in path]
+    assert [path for path in params if back[path].tobytes() != params[path].tobytes()] in ([], scaled)

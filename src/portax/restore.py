@@ -95,7 +95,7 @@ class _Inverse:
         types = _types(entries, weights)
         bits = []
         for entry in entries:
-            tensor = np.asarray(weights[entry.name]).astype(types[entry.name], copy=False)
+            tensor = np.asarray(weights[entry.name][...]).astype(types[entry.name], copy=False)
             bits.append(tensor.view(_BITS[tensor.dtype.itemsize]).astype(np.uint32))
         leaves = {}
         for path, leaf in self._backward(bits).items():
@@ -167,4 +167,8 @@ def _check(hooks: Hooks, plan: Plan, weights: Mapping[str, Any]) -> None:
 def _repeats(name: str, entries: Iterable[Entry], weights: Mapping[str, Any]) -> bool:
     """Whether a tensor is a copy of one outside the layers: a tied head that was saved all the same."""
     same = [entry.name for entry in entries if entry.shape == tuple(weights[name].shape) and entry.name in weights]
-    return any(np.asarray(weights[name]).tobytes() == np.asarray(weights[other]).tobytes() for other in same)
+    return any(_bytes(weights[name]) == _bytes(weights[other]) for other in same)
+
+
+def _bytes(array: Any) -> bytes:
+    return np.asarray(array[...]).tobytes()

@@ -1,0 +1,62 @@
+"""MaxText checkpoint -> portax -> safetensors -> transformers: the logits must be those that MaxText itself computed.
+
+    python tests/live/check_logits.py [CHECKPOINT ...]      (in an environment made by `.ci/live`; exit code 1 if not)
+
+Every checkpoint under tests/checkpoints comes with tokens and MaxText's own float32 logits for them.
+"""
+
+import json
+import pathlib
+import sys
+import tempfile
+
+import numpy as np
+import torch
+import transformers
+
+import portax
+
+CHECKPOINTS = pathlib.Path(__file__).parents[1] / "checkpoints"
+torch.cuda.is_current_stream_capturing = lambda: False  # the environment's CUDA libraries are stubs
+TOLERANCE = 2e-4  # two frameworks sum float32 products in different orders; a wrong layout is off by 0.1 and more
+
+
+def exported(folder, out):
+    """The model as transformers loads it, and whether its head is tied to the embedding."""
+    hub = json.loads((folder / "hf_config.json").read_text())
+    config = json.loads((folder / "maxtext_config.json").read_text())
+    converter = portax.converter_for(config, layout=portax.layouts.HuggingFace())
+    portax.export(converter, portax.open_checkpoint(folder / "orbax"), out, hub_config=hub)
+    model, info = getattr(transformers, hub["architectures"][0]).from_pretrained(
+        out, dtype=torch.float32, output_loading_info=True
+    )
+    lost = [name for name in info["missing_keys"] if "vision" not in name]
+    if lost or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise SystemExit(f"{folder.name}: transformers does not find its tensors: {info}")
+    return model.eval(), hub["tie_word_embeddings"]
+
+
+def check(folder):
+    """Prints one line; whether the logits are MaxText's."""
+    recorded = np.load(folder / "logits.npz")
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+        model, tied = exported(folder, pathlib.Path(scratch) / "hub")
+        tokens = torch.tensor(recorded["tokens"], dtype=torch.long)
+        if tied:  # then MaxText rounds the table to bfloat16 in its forward pass, where it serves as the head
+            head = model.get_output_embeddings()
+            head.weight = torch.nn.Parameter(head.weight.bfloat16().float())
+        logits = model(tokens).logits.numpy()
+    largest = float(np.abs(logits - recorded["logits"]).max())
+    same = bool((logits.argmax(-1) == recorded["logits"].argmax(-1)).all())
+    good = same and largest <= TOLERANCE
+    sys.stdout.write(
+        f"{folder.name:22} largest difference {largest:.1e}  argmax {'equal' if same else 'DIFFERENT'}"
+        f"  {'ok' if good else 'WRONG'}\n"
+    )
+    return good
+
+
+if __name__ == "__main__":
+    names = sys.argv[1:] or sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
+    results = [check(CHECKPOINTS / name) for name in names]
+    sys.exit(0 if all(results) else 1)
