@@ -108,9 +108,9 @@ def _gemma4() -> Model:
 MODELS = {"qwen3-moe": _qwen3_moe(), "gemma4": _gemma4()}
 
 
-def random_tree(model: Model) -> dict:
+def random_tree(model: Model, devices: list | None = None) -> dict:
     """The parameters in bfloat16, every matrix cut over all devices on its embed axis, as an fsdp mesh does."""
-    mesh, values = Mesh(np.array(jax.devices()), ("fsdp",)), np.random.default_rng(0)
+    mesh, values = Mesh(np.array(devices or jax.devices()), ("fsdp",)), np.random.default_rng(0)
     tree: dict = {}
     for path, shape in model.shapes.items():
         bits = values.integers(0, 0x4000, shape, np.uint16)  # bfloat16 numbers of [0, 2)
