@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import portax
 from portax.golden import Tree
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "qwen3-30b-a3b.scan"
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 def spread(leaf, mesh, spec):
@@ -36,7 +36,7 @@ def places(leaf):
     return [shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards]
 
 
-def main(where, rank, count, port):
+def main(name, where, rank, count, port):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8 // count)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -50,10 +50,10 @@ def main(where, rank, count, port):
     }[where]
     trainer = Mesh(trainers.reshape(-1, 2), ("fsdp", "tensor"))
     engine = Mesh(engines.reshape(-1, 2), ("data", "model"))
-    tree = Tree.load(GOLDEN / "source.json")
+    tree = Tree.load(GOLDEN / name / "source.json")
     host = tree.fill()
     converter = portax.converter_for(tree.config, layout=portax.layouts.TpuInference(version="0.32", tp=2))
-    rows = json.loads((GOLDEN / "tpu-inference-0.32.0.tp2.json").read_text())["leaves"]
+    rows = json.loads((GOLDEN / name / "tpu-inference-0.32.0.tp2.json").read_text())["leaves"]
     params = {path: spread(leaf, trainer, cut(leaf, trainer)) for path, leaf in host.items()}
     state = {
         name: spread(np.ones(row["shape"], jnp.dtype(row["dtype"])), engine, PartitionSpec(*row["spec"]))
@@ -88,5 +88,5 @@ def main(where, rank, count, port):
 
 
 if __name__ == "__main__":
-    found = main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    found = main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
     sys.stdout.write(json.dumps(found) + "\n")

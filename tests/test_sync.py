@@ -292,8 +292,9 @@ def test_a_failure_in_any_bucket_is_named_and_mended(monkeypatch, step, meshes):
 def test_a_transfer_that_is_cut_off(monkeypatch):
     sync, state, params, golden = made(DENSE, on=grid(4, 4, data=2, model=2), trainer=grid(0, 4, fsdp=4))
     sync(params)
+    changed = other(params)
     with broken_at(monkeypatch, 3, jax, "device_put"):
-        sync(other(params))
+        sync(changed)
     assert sync.torn is not None
     assert sync.torn.old
     assert str(sync.torn).startswith("torn (")
