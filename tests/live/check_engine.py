@@ -9,7 +9,7 @@ The trainer is a real MaxText tree filled with known values. What the other engi
 import sys
 
 import cases
-from cases import LENGTH, PROMPT
+from cases import PROMPT
 
 CASES = ("qwen3-0.6b.scan", "qwen3-30b-a3b.scan", "qwen3-30b-a3b.scan.adp2")
 
@@ -23,12 +23,12 @@ def check(name):
     with cases.made(name) as case:
         (first, second), tokens = case.params, case.tokens
         llm = cases.engine(name, case.folders[0], load_format="dummy")
-        results = [("random weights", live_engine.generate(llm, PROMPT, LENGTH), None)]
+        results = [("random weights", live_engine.generate(llm, PROMPT, case.length), None)]
         sync = tpu_inference.weight_sync(llm, case.config, verify=True)
         for params, expected in ((first, tokens[0]), (second, tokens[1]), (first, tokens[0])):
             with tpu_inference.updating(llm):
                 report = sync(params)
-            results.append((f"sync {report.version}", live_engine.generate(llm, PROMPT, LENGTH), expected))
+            results.append((f"sync {report.version}", live_engine.generate(llm, PROMPT, case.length), expected))
         return case.report(results)
 
 

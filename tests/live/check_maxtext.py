@@ -14,7 +14,7 @@ import sys
 import types
 
 import cases
-from cases import LENGTH, TP
+from cases import TP
 
 MODEL, NAME = "qwen3-0.6b.scan", "qwen3-0.6b"
 CHECKS = ("engine", "cluster")
@@ -154,7 +154,7 @@ def check_cluster():
         fill(model, first)
         rollout = Mesh(np.array(jax.devices()[:TP]), ("model",))
         rollout_config = RolloutConfig(
-            max_tokens_to_generate=LENGTH,
+            max_tokens_to_generate=case.length,
             kv_cache_size=128,
             temperature=0.0,
             rollout_vllm_model_version=str(case.folders[0]),

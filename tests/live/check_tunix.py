@@ -9,7 +9,7 @@ import contextlib
 import sys
 
 import cases
-from cases import LENGTH, PROMPT, TP
+from cases import PROMPT, TP
 
 CHECKS = {"batch": ("qwen3-0.6b.scan", False), "server": ("qwen3-30b-a3b.scan", True)}
 ENGINE = {
@@ -86,7 +86,7 @@ def check(name):
         sampler = VllmSampler(Numbers(case.config["vocab_size"]), config, case.config, verify=True)
 
         def generated():
-            return sampler(text(), LENGTH).tokens[0].tolist()
+            return sampler(text(), case.length).tokens[0].tolist()
 
         results = [("random weights", generated(), None)]
         for params, expected in ((first, tokens[0]), (second, tokens[1]), (first, tokens[0])):
