@@ -20,6 +20,7 @@ from portax.doctor import examine
 from portax.fingerprint import fingerprint, fingerprints
 from portax.golden import Golden, compare
 from portax.layouts import TpuInference
+from portax.routes import Bridge
 
 DENSE, MOE, GEMMA = "qwen3-8b.scan", "qwen3-30b-a3b.scan", "gemma4-26b.scan"
 
@@ -235,6 +236,18 @@ def test_programs_write_into_the_engine_and_need_a_bucket_at_most(name):
         memory = conversion.compile(job, sync._shardings(job), donating=True).compiled.memory_analysis()
         assert memory.output_size_in_bytes - memory.alias_size_in_bytes <= 8 * len(job.entries)  # pointers
         assert memory.temp_size_in_bytes <= max(bucket_bytes, job.nbytes)
+
+
+@pytest.mark.parametrize("targets", [slice(2, 8), slice(1, 3)])
+def test_processes_whose_devices_do_not_pair(targets):
+    """Between processes only, which these devices stand for; `test_processes.py` has those that do pair."""
+    devices = tuple(jax.devices())
+    count = len(devices[targets])
+    match = (
+        rf"trainer has 2 devices, on process 0, and the engine {count}, on process 0: .* or a multiple.*portax.Staging"
+    )
+    with pytest.raises(portax.SyncError, match=match):
+        Bridge(devices[:2], devices[targets])
 
 
 def test_an_nnx_state_is_written_too():
