@@ -1,6 +1,6 @@
 """Syncs of a tree of over 2 GB into an engine's buffers, and a thousand syncs of a tiny one.
 
-    python benchmarks/sync.py [--model gemma4]       (about five minutes)
+    python benchmarks/sync.py [--model gemma4]       (more than five minutes)
 
 Every row runs in a process of its own. Extra memory is the highest resident size sampled during a warm sync, less what
 the process held before it: trainer and engine, both. The copy is `np.copyto` of what the engine holds, copies on
@@ -27,6 +27,7 @@ from rich.table import Table
 from trees import MODELS, random_tree
 
 import portax
+from portax.golden import Tree
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "tests" / "golden"
 ROWS = {  # devices, the engine's first one, whether a sync is atomic
@@ -77,7 +78,7 @@ def measured(row, model, repeat):
 
 def many():
     """Seconds and memory over many syncs of a tiny model on one device."""
-    tree = portax.golden.Tree.load(GOLDEN / TINY / "source.json")
+    tree = Tree.load(GOLDEN / TINY / "source.json")
     converter = portax.converter_for(tree.config, layout=portax.layouts.TpuInference(version="0.32", tp=1))
     state = engine_state(converter, Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model")))
     params = jax.device_put(tree.fill())
