@@ -71,7 +71,7 @@ class _Inverse:
 
     def __init__(self, hooks: Hooks, section: Section):
         self._affines: dict[str, Affine] = {}
-        self._names: list[str] = []
+        self._own: list[bool] = []  # tensors that are no copies of others
         kind, axis = section.kind, hooks.config.param_scan_axis
 
         def forward(leaves: dict[str, Any]) -> list[Any]:

@@ -12,9 +12,9 @@ from jaxtyping import Array, Shaped
 
 from portax import kernels
 from portax.errors import SyncError
+from portax.execute import Arrays
 from portax.names import numbers
 
-Arrays: TypeAlias = tuple[Shaped[Array, "..."], ...]
 Shapes: TypeAlias = tuple[jax.ShapeDtypeStruct, ...]
 Devices: TypeAlias = tuple[jax.Device, ...]
 Marks: TypeAlias = list[tuple[int, int] | None]

@@ -15,6 +15,9 @@ from jaxtyping import Array, Shaped
 
 from portax import blocks, kernels
 
+OTHER_MODALITIES = r"(visual|vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio)\."
+"""Names, as a regular expression, of what is beside a language model in an engine and in a hub checkpoint."""
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["name", "spec", "in_decoder", "tied_to"]

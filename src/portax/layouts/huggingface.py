@@ -7,11 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from portax import blocks, kernels
-from portax.layouts.base import Layout, Tensor, as_matrix, flat_columns, in_decoder
+from portax.layouts.base import OTHER_MODALITIES, Layout, Tensor, as_matrix, flat_columns, in_decoder
 
-_BESIDE = re.compile(
-    r"(^|\.)(visual|vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio)\.|^mtp\.|\.rotary_emb\.inv_freq$"
-)
+_BESIDE = re.compile(rf"(^|\.){OTHER_MODALITIES}|^mtp\.|\.rotary_emb\.inv_freq$")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Shaped
 
 from portax import blocks, kernels
 from portax.errors import LayoutError
-from portax.layouts.base import Layout, Tensor, as_matrix, flat_columns, in_decoder
+from portax.layouts.base import OTHER_MODALITIES, Layout, Tensor, as_matrix, flat_columns, in_decoder
 
 _MOE_BACKENDS = ("gmm_tp", "gmm_ep", "fused_moe")
 _AXIS = "model"
@@ -47,7 +47,7 @@ _Experts: TypeAlias = tuple[Shaped[Array, "..."], Shaped[Array, "..."], _Cut, _C
 _ENGINE_OWNED = re.compile(
     r"\.attn\._[kqv]_scale$|\.attn\._prob_scale$|\.rotary_emb\.cos_sin_cache$|\.cos_sin_cache$|\.normalizer$"
     r"|\.root_size$|\.embed_scale_per_layer$|\.per_layer_input_scale$|\.per_layer_projection_scale$"
-    r"|\.(vision_tower|visual|multi_modal_projector|embed_vision|audio_tower|embed_audio)\."
+    rf"|\.{OTHER_MODALITIES}"
 )
 
 
