@@ -1,5 +1,6 @@
 """One of several processes that sync together: `test_processes.py` starts them. Prints one line of JSON."""
 
+import functools
 import json
 import os
 import pathlib
@@ -43,11 +44,23 @@ def places(leaf):
     return [shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards]
 
 
-def main(name, where, rank, count, port):
+@functools.cache
+def case(name):
+    """A converter, a tree, and what the one makes of the other."""
+    tree = Tree.load(GOLDEN / name / "source.json")
+    converter = portax.converter_for(tree.config, layout=portax.layouts.TpuInference(version="0.32", tp=2))
+    host = tree.fill()
+    return converter, host, {name: np.asarray(leaf) for name, leaf in converter.convert(host).items()}
+
+
+def join(rank, count, port):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8 // count)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", count, rank)
+
+
+def two_syncs(name, where, *, verify):
     devices = np.array(jax.devices())
     trainers, engines = {
         "together": (devices, devices),
@@ -56,9 +69,7 @@ def main(name, where, rank, count, port):
     }[where]
     trainer = Mesh(trainers.reshape(-1, 2), ("fsdp", "tensor"))
     engine = Mesh(engines.reshape(-1, 2), ("data", "model"))
-    tree = Tree.load(GOLDEN / name / "source.json")
-    host = tree.fill()
-    converter = portax.converter_for(tree.config, layout=portax.layouts.TpuInference(version="0.32", tp=2))
+    converter, host, expected = case(name)
     rows = json.loads((GOLDEN / name / "tpu-inference-0.32.0.tp2.json").read_text())["leaves"]
     params = spread(host, trainer, {path: cut(leaf, trainer) for path, leaf in host.items()})
     ones = {name: np.ones(row["shape"], jnp.dtype(row["dtype"])) for name, row in rows.items()}
@@ -67,12 +78,11 @@ def main(name, where, rank, count, port):
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event.endswith("backend_compile_duration"))
     )
-    sync = portax.WeightSync(converter, state, verify=count == 2)
+    sync = portax.WeightSync(converter, state, verify=verify)
     sync(params)
     again, before = sum(compiled), {name: places(leaf) for name, leaf in state.items()}
     report = sync(params)
     again, moved = sum(compiled) - again, [name for name, leaf in state.items() if places(leaf) != before[name]]
-    expected = {name: np.asarray(leaf) for name, leaf in converter.convert(host).items()}
     wrong = [
         name
         for name, leaf in expected.items()
@@ -89,5 +99,7 @@ def main(name, where, rank, count, port):
 
 
 if __name__ == "__main__":
-    found = main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    rank, count, port, *cases = sys.argv[1:]
+    join(int(rank), int(count), port)
+    found = [two_syncs(*case.split(":"), verify=count == "2") for case in cases]
     sys.stdout.write(json.dumps(found) + "\n")

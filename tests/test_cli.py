@@ -1,4 +1,4 @@
-"""The command line, as a user runs it: in a process of its own."""
+"""The command line, as a user runs it."""
 
 import json
 import subprocess
@@ -17,31 +17,48 @@ CHECKPOINT = CHECKPOINTS / "qwen3-0.6b.scan"
 ENGINE = ("--engine-version", "0.32", "--tp", "2")
 
 
-def portax(*args, code=0):
-    """Runs the command in a process of its own."""
-    command = [sys.executable, "-m", "portax", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stdout + done.stderr
+def main(*args):
+    """Runs the command in this process and returns its exit code."""
+    return cli.main(cli.parse(["portax", *map(str, args)]))
 
 
-def test_demo_checks_a_model_for_every_tp():
+@pytest.fixture
+def portax(capsys, caplog):
+    """Runs the command in this process, checks its exit code, and returns what it printed."""
+
+    def run(*args, code=0):
+        caplog.clear()
+        assert main(*args) == code
+        printed = capsys.readouterr()
+        return printed.out if code == 0 else printed.out + printed.err + caplog.text
+
+    return run
+
+
+def test_a_process_of_its_own():
+    command = [sys.executable, "-m", "portax", "verify", "--tree", DENSE / "source.json", "--golden"]
+    done = subprocess.run([*command, DENSE / "source.json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is not a golden file" in done.stderr
+
+
+def test_demo_checks_a_model_for_every_tp(portax):
     out = portax("demo", "--model", "qwen3-8b")
     assert "4 conversions, 140 leaves against the real engine's digests: every one exact." in out
     assert "vllm_model.model.layers.{0...3}.mlp.gate_up_proj.weight" in out
 
 
-def test_demo_for_machines():
+def test_demo_for_machines(portax):
     out = json.loads(portax("demo", "--model", "qwen3-0.6b", "--json"))
     assert out["exact"]
     assert [run["tp"] for run in out["runs"]] == [1, 2, 4, 8]
 
 
-def test_demo_of_an_unknown_model():
+def test_demo_of_an_unknown_model(portax):
     assert "the demo has no tree of gpt-2; it has gemma3-4b, gemma4-26b," in portax("demo", "--model", "gpt-2", code=2)
 
 
-def test_verify_passes_and_fails_leaf_by_leaf(tmp_path):
+def test_verify_passes_and_fails_leaf_by_leaf(portax, tmp_path):
     golden = json.loads((DENSE / "tpu-inference-0.32.0.tp2.json").read_text())
     assert "35 leaves, all exact" in portax(
         "verify", "--tree", DENSE / "source.json", "--golden", DENSE / "tpu-inference-0.32.0.tp2.json"
@@ -58,12 +75,12 @@ def test_verify_passes_and_fails_leaf_by_leaf(tmp_path):
     assert wrong["vllm_model.model.norm.weight"] == "the engine has no such leaf"
 
 
-def test_verify_under_attention_data_parallelism():
+def test_verify_under_attention_data_parallelism(portax):
     golden = DENSE / "tpu-inference-0.32.0.tp8.adp2.json"
     assert "35 leaves, all exact" in portax("verify", "--tree", DENSE / "source.json", "--golden", golden)
 
 
-def test_verify_a_users_own_weights(tmp_path):
+def test_verify_a_users_own_weights(portax, tmp_path):
     safetensors.numpy.save_file(dict(filled("qwen3-8b.scan")), tmp_path / "tree.safetensors")
     (tmp_path / "model.yml").write_text(json.dumps(dict(tree("qwen3-8b.scan").config)))
     args = ("verify", "--tree", tmp_path / "tree.safetensors", "--golden", DENSE / "hf.json")
@@ -71,7 +88,7 @@ def test_verify_a_users_own_weights(tmp_path):
     assert "no configuration: pass --model or --config" in portax(*args, code=2)
 
 
-def test_convert_writes_what_the_library_makes(tmp_path):
+def test_convert_writes_what_the_library_makes(portax, tmp_path):
     out = tmp_path / "weights"
     args = ("convert", "--tree", DENSE / "source.json", *ENGINE, "--out", out)
     assert "35 tensors" in portax(*args)
@@ -84,10 +101,6 @@ def test_convert_writes_what_the_library_makes(tmp_path):
     )
     assert "exists; nothing was written" in portax(*args, code=2)
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
-
-
-def main(*args):
-    return cli.main(cli.parse(["portax", *map(str, args)]))
 
 
 def test_a_checkpoint_to_the_hub(tmp_path, capsys):
@@ -151,16 +164,14 @@ def test_a_plan_of_a_checkpoint(capsys):
     assert main("plan", CHECKPOINT / "orbax", "--model", "qwen3-8b", *ENGINE) == 1
 
 
-def test_plan_on_paper(capsys):
-    run = ["portax", "plan", "--model", "qwen3-235b-a22b"]
-    assert cli.main(cli.parse([*run, *ENGINE])) == 0
-    assert "layers.{0...93}.mlp.experts.routed_experts.w13_weight" in capsys.readouterr().out
-    assert cli.main(cli.parse([*run, "--layout", "huggingface", "--json"])) == 0
-    read = json.loads(capsys.readouterr().out)
+def test_plan_on_paper(portax):
+    run = ("plan", "--model", "qwen3-235b-a22b")
+    assert "layers.{0...93}.mlp.experts.routed_experts.w13_weight" in portax(*run, *ENGINE)
+    read = json.loads(portax(*run, "--layout", "huggingface", "--json"))
     assert read["bytes_out"] == pytest.approx(235e9 * 4, rel=0.01)
 
 
-def test_a_plan_with_problems_lists_them():
+def test_a_plan_with_problems_lists_them(portax):
     out = portax("plan", "--tree", DENSE / "source.json", "--model", "qwen3-30b-a3b", *ENGINE, code=1)
     assert "problems, nothing was converted" in out
     assert "decoder/layers/moe_block/wi_0: found nothing" in out
@@ -212,7 +223,7 @@ def test_a_plan_with_problems_lists_them():
 )
 def test_unusable_commands(args, message, capsys, caplog):
     try:
-        code = cli.main(cli.parse(["portax", *map(str, args)]))
+        code = main(*args)
     except SystemExit as stop:  # argparse's own way out
         code = stop.code
     assert code == 2
