@@ -240,8 +240,12 @@ class Executor:
             def program(arrays, position, donors):
                 leaves = layer_leaves(self._hooks, kind, arrays, position, shardings)
 
-                def place(array, spec):
-                    return kernels.seal(array if mesh is None else _spread(array, mesh, spec), leaves.zero)
+                def place(array, spec, stage):
+                    if mesh is not None and stage == "packed":
+                        array = _settled(array, mesh, spec)
+                    elif mesh is not None:  # sealed before, else what moves is what it was cast from
+                        array = _spread(kernels.seal(array, leaves.zero), mesh, spec)
+                    return array if stage == "part" else kernels.seal(array, leaves.zero)
 
                 held, _ = hold(self._hooks, leaves, is_global=kind.is_global, place=place)
                 return tuple(tensor.array for tensor in held[start:stop])
@@ -325,6 +329,10 @@ def _spread(array: Shaped[Array, "..."], mesh: Mesh, spec: PartitionSpec) -> Sha
         cut = max(free, key=lambda i: array.shape[i])
         everywhere = PartitionSpec(*axes[:cut], spare, *axes[cut + 1 :])
         array = lax.with_sharding_constraint(array, NamedSharding(mesh, everywhere))
+    return lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
+
+
+def _settled(array: Shaped[Array, "..."], mesh: Mesh, spec: PartitionSpec) -> Shaped[Array, "..."]:
     return lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
 

@@ -14,7 +14,7 @@ from portax.blocks import Block
 from portax.config import ModelConfig
 from portax.errors import LayoutError, Problem
 from portax.layers import Kind, Section
-from portax.layouts import Layout, Place, Tensor
+from portax.layouts import Layout, Place, Tensor, nowhere
 from portax.leaves import Leaves
 
 
@@ -50,7 +50,7 @@ class Trace:
 
 
 def hold(
-    hooks: Hooks, leaves: Leaves, *, is_global: bool, place: Place = lambda array, spec: array
+    hooks: Hooks, leaves: Leaves, *, is_global: bool, place: Place = nowhere
 ) -> tuple[tuple[Tensor, ...], tuple[Shaped[Array, "..."], ...]]:
     """Asks the hooks what the leaves are, and the layout how the engine holds that.
 

@@ -1,8 +1,8 @@
 """Layouts: how engines hold weights. One file per engine contract."""
 
-from portax.layouts.base import Layout, Place, Tensor
+from portax.layouts.base import Layout, Place, Tensor, nowhere
 from portax.layouts.canonical import Canonical
 from portax.layouts.huggingface import HuggingFace
 from portax.layouts.tpu_inference import TpuInference
 
-__all__ = ["Canonical", "HuggingFace", "Layout", "Place", "Tensor", "TpuInference"]
+__all__ = ["Canonical", "HuggingFace", "Layout", "Place", "Tensor", "TpuInference", "nowhere"]

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,18 @@ class Tensor:
     tied_to: str | None = None
 
 
-Place: TypeAlias = Callable[[Shaped[Array, "..."], PartitionSpec], Shaped[Array, "..."]]
+Stage: TypeAlias = Literal["part", "packed", "whole"]
+"""A `part` is yet to be packed with others; what is `packed` was made of parts that had been placed, so that nothing
+has to move any more; a `whole` is finished, and still where its sources are."""
+
+Place: TypeAlias = Callable[[Shaped[Array, "..."], PartitionSpec, Stage], Shaped[Array, "..."]]
+"""Puts an array where it belongs; bfloat16 is raw."""
+
+
+def nowhere(array: Shaped[Array, "..."], spec: PartitionSpec, stage: Stage) -> Shaped[Array, "..."]:
+    """The `Place` of arrays that stay where they are."""
+    del spec, stage
+    return array
 
 
 class Layout(abc.ABC):
@@ -75,7 +86,16 @@ class Layout(abc.ABC):
         """Whether the engine fills the leaf of this name itself, so that no trainer ever writes it."""
         return False
 
-    def hold(self, block: blocks.Block, place: Place = lambda array, spec: array) -> tuple[Tensor, ...]:
+    def cuts(self, block: blocks.Block) -> tuple[PartitionSpec, ...]:
+        """How the arrays of a block are best partitioned before they are packed, in the order of `jax.tree.leaves`.
+
+        Such that packing them moves nothing between devices, and what has to move does so without pads and copies.
+        Empty where that cannot be: then the packed array is partitioned.
+        """
+        del block
+        return ()
+
+    def hold(self, block: blocks.Block, place: Place = nowhere) -> tuple[Tensor, ...]:
         """The arrays that the engine holds for one block.
 
         Args:
@@ -88,9 +108,15 @@ class Layout(abc.ABC):
         float32 = isinstance(block, blocks.Param) and block.float32
         dtypes = [jnp.bfloat16 if leaf.dtype == jnp.uint16 else leaf.dtype for leaf in jax.tree.leaves(block)]
         dtype = jnp.dtype(jnp.float32) if float32 else self.dtype or jnp.result_type(*dtypes)
+        leaves, tree = jax.tree.flatten(jax.tree.map(lambda leaf: _stored(leaf, dtype), block))
+        if cuts := self.cuts(block):
+            leaves = [place(leaf, spec, "part") for leaf, spec in zip(leaves, cuts, strict=True)]
+        arranged = self.arrange(jax.tree.unflatten(tree, leaves))
         return tuple(
-            dataclasses.replace(tensor, array=kernels.cooked(place(tensor.array, tensor.spec)))
-            for tensor in self.arrange(jax.tree.map(lambda leaf: _stored(leaf, dtype), block))
+            dataclasses.replace(
+                tensor, array=kernels.cooked(place(tensor.array, tensor.spec, "packed" if cuts else "whole"))
+            )
+            for tensor in arranged
         )
 
     def arrange(self, block: blocks.Block) -> tuple[Tensor, ...]:

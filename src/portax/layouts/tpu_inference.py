@@ -11,6 +11,7 @@ import importlib.metadata
 import re
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
@@ -162,6 +163,23 @@ class TpuInference(Layout):
     def owns(self, name: str) -> bool:
         """Attention scales, the rotary cache, constants, and whatever belongs to other modalities."""
         return _ENGINE_OWNED.search(name) is not None
+
+    def cuts(self, block: blocks.Block) -> tuple[PartitionSpec, ...]:
+        """Parts of merged matrices as their slices of a shard, experts as the backend cuts them."""
+        match block:
+            case blocks.MergedLinear() | blocks.QKV():
+                parts, axes, tp = jax.tree.leaves(block), self._linear_axes, self._linear_tp
+                biases = len(block.bias) if isinstance(block, blocks.QKV) else 0
+                at = [1] * (len(parts) - biases) + [0] * biases
+            case blocks.FusedMoE() if self.moe_backend == "gmm_tp":
+                parts, axes, tp, at = [block.gate, block.up, block.down], self._tp_axes, self.tp, [2, 2, 1]
+            case blocks.FusedMoE():
+                parts, axes, tp, at = [block.gate, block.up, block.down], self._tp_axes, self.tp, [0, 0, 0]
+            case _:
+                return ()
+        if any(part.shape[axis] % tp for part, axis in zip(parts, at, strict=True)):
+            return ()
+        return tuple(self._spec(*[None] * axis, axes) for axis in at)
 
     def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:
         """`[in, out]`, cut on the side that is parallel."""
