@@ -5,6 +5,8 @@ from portax.arithmetic import Affine
 from portax.base import BaseConverter
 from portax.checkpoint import Checkpoint, open_checkpoint
 from portax.config import ModelConfig
+from portax.diff_report import Diff
+from portax.diffing import diff
 from portax.errors import (
     CheckpointError,
     ConfigError,
@@ -43,6 +45,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
+    "Diff",
     "Export",
     "Gemma3Converter",
     "Gemma4Converter",
@@ -69,6 +72,7 @@ __all__ = [
     "WeightSync",
     "blocks",
     "converter_for",
+    "diff",
     "export",
     "kernels",
     "layouts",

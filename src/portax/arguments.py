@@ -49,6 +49,15 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict-dtype", action="store_true", help="make a cast that loses precision an error")
 
 
+def named_config(args: argparse.Namespace) -> str | pathlib.Path | None:
+    """The file of the configuration that was named, if one was.
+
+    Raises:
+        ConfigError: No configuration of that name is shipped.
+    """
+    return args.config or (config_path(args.model) if args.model else None)
+
+
 def layout(args: argparse.Namespace) -> layouts.Layout:
     """The layout that was asked for.
 
@@ -92,7 +101,7 @@ def weights_and_config(
     if named is None and required:
         raise ConfigError("no weights: name a checkpoint or a tree")
     params, carried = files.open_tree(named, scratch=scratch) if named else (None, None)
-    config = args.config or (config_path(args.model) if args.model else carried)
+    config = named_config(args) or carried
     if config is None:
         raise ConfigError("no configuration: pass --model or --config; these weights do not carry one")
     return params, ModelConfig.of(config)
