@@ -82,10 +82,16 @@ def _block(a: Shaped[np.ndarray, " n"], b: Shaped[np.ndarray, " n"]) -> Found:
     bits = _UNSIGNED.get(a.dtype.itemsize, f"V{a.dtype.itemsize}")
     differ = a.view(bits) != b.view(bits)
     different = int(np.count_nonzero(differ))
+    a, b = _widened(a), _widened(b) if different else b
     nans = _nans(a)
     if not different:
         return Found(nans=(nans, nans))
     return Found(different, _largest(a, b, differ), (nans, _nans(b)))
+
+
+def _widened(x: Shaped[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
+    """bfloat16 as float32, bit for bit: what comes after is many times as fast."""
+    return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if x.dtype == jnp.bfloat16 else x
 
 
 def _nans(x: Shaped[np.ndarray, " n"]) -> int:
