@@ -16,6 +16,7 @@ from portax.errors import (
     PlanError,
     PortaxError,
     Problem,
+    ReportError,
     SyncError,
 )
 from portax.exporting import Export, export
@@ -65,6 +66,7 @@ __all__ = [
     "Qwen3Converter",
     "Qwen3NextConverter",
     "Qwen3_5Converter",
+    "ReportError",
     "ScanForm",
     "Staging",
     "SyncError",

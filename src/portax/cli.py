@@ -22,7 +22,7 @@ from absl.flags import argparse_flags
 from jax.sharding import Mesh
 from rich.console import Console, RenderableType
 
-from portax import arguments, convert_command, demo, diff_command, doctor, inspection, report
+from portax import arguments, convert_command, demo, diff_command, doctor, inspection, page_file, picture, report
 from portax.checkpoint import open_checkpoint
 from portax.config import ModelConfig
 from portax.errors import PlanError, PortaxError
@@ -73,6 +73,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments.add_weights(plan)
     arguments.add_model(plan)
     arguments.add_layout(plan)
+    arguments.add_page(plan)
     text = "Convert a checkpoint and write sharded safetensors; interrupted, the same command goes on."
     convert_command.add(command("convert", _convert, text))
     diff_command.add(command("diff", _diff, "Show what differs between two checkpoints, leaf by leaf."))
@@ -106,9 +107,19 @@ def _models(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    page = arguments.page(args)
     params, config = arguments.weights_and_config(args, required=False)
     converter = converter_for(config, layout=arguments.layout(args), strict_dtype=args.strict_dtype)
-    plan = converter.plan(converter.expected_tree() if params is None else params)
+    params = converter.expected_tree() if params is None else params
+    what = args.checkpoint or args.tree or args.model or args.config
+    try:
+        plan = converter.plan(params)
+    except PlanError as error:
+        if page:
+            page_file.write(page, picture.of_plan(error.plan, params, what=what, problems=error.problems))
+        raise
+    if page:
+        page_file.write(page, picture.of_plan(plan, params, what=what))
     _print(plan.to_json() if args.json else str(plan))
     return 0
 

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from portax import arguments, files
+from portax import arguments, files, page_file, picture
 from portax.base import BaseConverter
 from portax.config import ModelConfig
 from portax.diffing import diff
@@ -22,6 +22,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     arguments.add_layout(parser)
     parser.set_defaults(layout="hf")
     parser.add_argument("--scratch", metavar="DIR", help="folder for a temporary file; default: the system's")
+    arguments.add_page(parser)
     parser.add_argument("--dry-run", action="store_true", help="compare names, shapes and dtypes; read no values")
 
 
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:
         args: The parsed command.
         show: Prints a text.
     """
+    page = arguments.page(args)
     converter = _converter(args)
     a, b = (files.open_tree(path, scratch=args.scratch)[0] for path in (args.a, args.b))
     try:
@@ -39,6 +41,8 @@ def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:
             found = diff(a, b, converter=converter, values=not args.dry_run, progress=report)
     except PlanError as error:
         raise CheckpointError(f"{args.a} and {args.b} cannot be compared: {error}") from error
+    if page:
+        page_file.write(page, picture.of_diff(found))
     show(found.to_json() if args.json else str(found))
     return 0 if found.equal else 1
 

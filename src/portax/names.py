@@ -1,9 +1,11 @@
 """Names for people: natural order, and numbered names folded into one."""
 
+import itertools
 import re
 from collections.abc import Iterable
 
 _NUMBER = re.compile(r"\d+")
+_FOLDED = re.compile(r"\{([\d,]+|\d+\.\.\.\d+)\}")
 _INDEX = re.compile(r"(?<=[./])\d+(?=[./])|(?<=/layers_)\d+(?=/)|(?<=/layer_)\d+(?=/)")  # of a layer or an expert
 
 
@@ -15,6 +17,11 @@ def natural_order(name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
 def family(name: str) -> str:
     """The name with layer and expert numbers left out: `layers.*.mlp.gate.weight`."""
     return _INDEX.sub("*", name)
+
+
+def parts(name: str) -> tuple[list[str], tuple[int, ...]]:
+    """What stands around the layer and expert numbers of a name, and those numbers."""
+    return _INDEX.split(name), tuple(int(n) for n in _INDEX.findall(name))
 
 
 def fold(names: Iterable[str]) -> list[str]:
@@ -45,3 +52,18 @@ def numbers(values: list[int]) -> str:
     if values == list(range(values[0], values[-1] + 1)):
         return f"{{{values[0]}...{values[-1]}}}"
     return "{" + ",".join(str(value) for value in values) + "}"
+
+
+def unfold(name: str) -> list[str]:
+    """The names that were folded into this one; some more, if they were not all of those that its numbers make."""
+    around = _FOLDED.split(name)
+    columns = [_numbers(text) for text in around[1::2]]
+    return [
+        around[0] + "".join(f"{n}{text}" for n, text in zip(chosen, around[2::2], strict=True))
+        for chosen in itertools.product(*columns)
+    ]
+
+
+def _numbers(text: str) -> Iterable[int]:
+    first, _, last = text.partition("...")
+    return range(int(first), int(last) + 1) if last else [int(n) for n in text.split(",")]
