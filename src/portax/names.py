@@ -7,6 +7,7 @@ from collections.abc import Iterable
 _NUMBER = re.compile(r"\d+")
 _FOLDED = re.compile(r"\{([\d,]+|\d+\.\.\.\d+)\}")
 _INDEX = re.compile(r"(?<=[./])\d+(?=[./])|(?<=/layers_)\d+(?=/)|(?<=/layer_)\d+(?=/)")  # of a layer or an expert
+_APART = re.compile(f"({_INDEX.pattern})")
 
 
 def natural_order(name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -21,7 +22,8 @@ def family(name: str) -> str:
 
 def parts(name: str) -> tuple[list[str], tuple[int, ...]]:
     """What stands around the layer and expert numbers of a name, and those numbers."""
-    return _INDEX.split(name), tuple(int(n) for n in _INDEX.findall(name))
+    found = _APART.split(name)
+    return found[::2], tuple(map(int, found[1::2]))
 
 
 def fold(names: Iterable[str]) -> list[str]:

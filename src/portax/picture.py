@@ -36,7 +36,7 @@ def of_plan(plan: Plan | None, params: Any, *, what: str, problems: Sequence[Pro
     for number, problem in enumerate(problems):
         for name in unfold(problem.leaf):
             bad.setdefault(name, []).append(number)
-    sections = [_section(title, group, leaves, bad) for title, group in _alike(entries)]
+    sections = [_section(title, alike, leaves, bad) for title, alike in _alike(entries)]
     used = {source for entry in entries for source in entry.sources}
     loose = [name for name in leaves if name not in used]
     known = {*leaves, *(entry.name for entry in entries)}
@@ -96,35 +96,32 @@ def _plan_facts(plan: Plan) -> list[list[str]]:
     return facts
 
 
-def _alike(entries: Iterable[Entry]) -> Iterator[tuple[str, list[Entry]]]:
-    """Entries of layers that look the same, together."""
-    layers: dict[int | None, list[Entry]] = {}
+def _alike(entries: Iterable[Entry]) -> Iterator[tuple[str, list[list[Entry]]]]:
+    """Layers that look the same: what they are called, and their entries, those of one look together."""
+    layers: dict[int | None, dict[Any, list[Entry]]] = {}
     for entry in entries:
         numbers = parts(entry.name)[1]
-        layers.setdefault(numbers[0] if numbers else None, []).append(entry)
+        layers.setdefault(numbers[0] if numbers else None, {}).setdefault(_look(entry), []).append(entry)
     alike: dict[Any, list[int | None]] = {}
-    for layer, group in layers.items():
-        alike.setdefault(frozenset(map(_look, group)), []).append(layer)
+    for layer, looks in layers.items():
+        alike.setdefault(frozenset(looks), []).append(layer)
     for same in alike.values():
         title = "outside the layers" if same == [None] else "layer " if len(same) == 1 else f"{len(same)} layers: "
         title += ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in _ranges([n for n in same if n is not None]))
-        yield title, [entry for layer in same for entry in layers[layer]]
+        yield title, [[entry for layer in same for entry in layers[layer][look]] for look in layers[same[0]]]
 
 
 def _look(entry: Entry) -> tuple[Any, ...]:
     sources = tuple(sorted({family(source) for source in entry.sources}))
     tied = entry.tied_to and family(entry.tied_to)
-    return family(entry.name), entry.shape, entry.dtype, str(entry.spec), entry.casts, tied, sources
+    return family(entry.name), entry.shape, entry.dtype, entry.spec, entry.casts, tied, sources
 
 
 def _section(
-    title: str, entries: Sequence[Entry], leaves: Mapping[str, Any], bad: Mapping[str, Sequence[int]]
+    title: str, groups: Iterable[Sequence[Entry]], leaves: Mapping[str, Any], bad: Mapping[str, Sequence[int]]
 ) -> Picture:
     """Engine leaves of one kind of layer, what they are made of, and which goes where."""
-    by_look: dict[Any, list[Entry]] = {}
-    for entry in entries:
-        by_look.setdefault(_look(entry), []).append(entry)
-    rows = [sorted(group, key=lambda entry: parts(entry.name)[1]) for group in by_look.values()]
+    rows = [sorted(group, key=lambda entry: parts(entry.name)[1]) for group in groups]
     named = dict.fromkeys(source for row in rows for entry in row for source in entry.sources)
     left = [*_families(named, leaves)]
     place = {name: (i, j) for i, names in enumerate(left) for j, name in enumerate(names)}
