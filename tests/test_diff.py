@@ -76,6 +76,9 @@ def test_other_dtypes_are_compared_by_value():
     assert (leaf.differences, leaf.found) == (("dtype", "values"), Found(1, 2.0**-12))
     [leaf] = portax.diff({"x": np.int8([1, -2])}, {"x": np.int32([1, 300])}).leaves
     assert leaf.found == Found(1, 302.0)
+    [leaf] = portax.diff({"x": ones(2, dtype=ml_dtypes.float8_e4m3fn)}, {"x": np.array([1, 1.5], np.float16)}).leaves
+    assert leaf.found == Found(1, 0.5)
+    assert portax.diff({"x": np.uint64([2**60])}, {"x": np.int64([1])}).leaves[0].found is None
     assert portax.diff({"x": np.uint64([2**60])}, {"x": np.float32([1])}).leaves[0].found is None
 
 
@@ -162,6 +165,7 @@ def test_a_trainers_checkpoint_against_the_hubs(converter, exported, tmp_path):
     found = portax.diff(mine, hub, converter=converter)
     assert kinds(found) == {LAYER: ("values",), "lm_head.weight": ("only in B",), "model.norm.weight": ("only in A",)}
     assert f" {LAYER} " in str(found)
+    assert "beside   visual.patch_embed.weight: no weight of the language model" in str(found)
     assert "model.layers.{0,1,3}.mlp.up_proj.weight" in str(found)
 
 
@@ -211,6 +215,15 @@ def test_the_command(tmp_path, capsys, caplog, exported):
     for args, text in zip(bad, ("there is no such checkpoint", "add --model", "cannot be compared"), strict=True):
         assert main(*args) == 2
         assert text in caplog.text
+
+
+def test_an_interrupted_command(tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    path = saved({"x": ones(1)}, tmp_path / "a.safetensors")
+    monkeypatch.setattr("portax.diff_command.diff", stop)
+    assert main(path, path) == 130
 
 
 def test_a_file_cut_short_is_no_difference(tmp_path, caplog):

@@ -226,6 +226,9 @@ def test_a_diff_shows_both_sides_and_every_verdict():
     assert drawn(found, "right")["kind"]["verdict"] == "dtype"
     assert drawn(found, "left")["gone"]["verdict"] == "only in A"
     assert [card["state"] for card in sections["equal"]["right"]] == ["good"]
+    unread = picture.of_diff(portax.diff(a, a, values=False))["sections"]
+    assert [section["title"] for section in unread] == ["equal in shape and dtype"]
+    assert {card["state"] for card in unread[0]["right"]} == {""}
 
 
 def test_a_page_replaces_a_page_and_nothing_else(tmp_path, monkeypatch):

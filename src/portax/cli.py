@@ -133,7 +133,11 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    return diff_command.run(args, _print)
+    try:
+        return diff_command.run(args, _print)
+    except KeyboardInterrupt:
+        logging.error("interrupted")
+        return _INTERRUPTED
 
 
 def _inspect(args: argparse.Namespace) -> int:

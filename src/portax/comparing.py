@@ -41,12 +41,14 @@ class Found:
 
 
 def common_dtype(a: np.dtype, b: np.dtype) -> np.dtype | None:
-    """The dtype in which two arrays can be compared without loss: theirs, or the wider one; None if there is none."""
+    """The dtype in which two arrays can be compared without loss: theirs, or a wider one; None if there is none."""
     if a == b:
         return a
-    wide = jnp.promote_types(a, b)
-    kinds = (jnp.floating, jnp.integer)
-    return wide if any(all(jnp.issubdtype(x, kind) for x in (a, b, wide)) for kind in kinds) else None
+    if all(jnp.issubdtype(dtype, jnp.floating) for dtype in (a, b)):
+        return np.dtype(np.float64 if 8 in (a.itemsize, b.itemsize) else np.float32)
+    if all(jnp.issubdtype(dtype, jnp.integer) for dtype in (a, b)) and np.uint64 not in (a, b):
+        return np.dtype(np.int64)
+    return None
 
 
 def compare(a: Any, b: Any, *, piece_bytes: int, progress: Callable[[int], None] = lambda _: None) -> Found:

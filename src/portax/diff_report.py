@@ -89,6 +89,14 @@ class Diff:
             parts.append(f"{count} {verb}{kind}")
         return f"{len(self.leaves)} {'leaf' if len(self.leaves) == 1 else 'leaves'}: {', '.join(parts)}"
 
+    @property
+    def reasons(self) -> list[str]:
+        """What is beside, folded, with the reason: `lm_head.weight: repeats model.embed_tokens.weight`."""
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.beside.items():
+            reasons.setdefault(why, []).append(name)
+        return [f"{', '.join(fold(names))}: {why}" for why, names in reasons.items()]
+
     def __str__(self) -> str:
         right = ("elements differ", "largest", "NaNs in A", "NaNs in B")
         table = new_table(

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from portax import trainer_state
+from portax.comparing import Found
 from portax.diff_report import Diff, LeafDiff, groups
 from portax.errors import PlanError, Problem
 from portax.names import family, fold, parts, unfold
@@ -57,13 +58,15 @@ def of_plan(plan: Plan | None, params: Any, *, what: str, problems: Sequence[Pro
 
 def of_diff(diff: Diff) -> Picture:
     """The picture of a diff."""
-    titles = {"values": "differ", "only in A": "only in A", "only in B": "only in B", "": "equal"}
-    cards: dict[str, list[tuple[_Card | None, _Card | None]]] = {title: [] for title in titles.values()}
-    tell = sum(leaf.found is not None and leaf.found.different > 0 for leaf in diff.leaves) <= _MOST_NUMBERS
+    equal = "equal" if diff.values else "equal in shape and dtype"
+    cards: dict[str, list[tuple[_Card | None, _Card | None]]] = {
+        title: [] for title in ("differ", "only in A", "only in B", equal)
+    }
+    different = sum(leaf.found is not None and leaf.found.different > 0 for leaf in diff.leaves)
     for leaves in groups(diff.leaves):
-        first = leaves[0].differences
-        title = titles.get(first[0], "differ") if first else "equal"
-        cards[title].append(_pair(leaves, tell))
+        what = ", ".join(leaves[0].differences)
+        pair = _pair(leaves, "bad" if what else "good" if diff.values else "", tell=different <= _MOST_NUMBERS)
+        cards[what if what in cards else "differ" if what else equal].append(pair)
     sections = []
     for title, pairs in cards.items():
         if pairs:
@@ -71,7 +74,7 @@ def of_diff(diff: Diff) -> Picture:
             links = [[i, i] for i in range(len(left))] if len(left) == len(right) else []
             sections.append(_sides(title, left, right, links))
     facts = [["A", diff.a], ["B", diff.b], ["verdict", diff.verdict]]
-    facts += [["beside", f"{name}: {why}"] for name, why in diff.beside.items()]
+    facts += [["beside", line] for line in diff.reasons]
     return {"kind": "diff", "what": "", "sides": ["A", "B"], "facts": facts, "problems": [], "sections": sections}
 
 
@@ -217,11 +220,11 @@ def _runs(sources: Iterable[list[tuple[int, int]]]) -> list[list[Any]]:
     return [[same, len([*run])] for same, run in itertools.groupby(sources)]
 
 
-def _pair(leaves: Sequence[LeafDiff], tell: bool) -> tuple[_Card | None, _Card | None]:
+def _pair(leaves: Sequence[LeafDiff], state: str, *, tell: bool) -> tuple[_Card | None, _Card | None]:
     """A leaf's card on each side."""
     leaves = sorted(leaves, key=lambda leaf: parts(leaf.name)[1])
     first = leaves[0]
-    names = _card([leaf.name for leaf in leaves]) | {"state": "bad" if first.differences else "good"}
+    names = _card([leaf.name for leaf in leaves]) | {"state": state}
     left, right = (
         None if side is None else names | _spec(side.shape, side.dtype, len(leaves)) for side in (first.a, first.b)
     )
@@ -229,7 +232,7 @@ def _pair(leaves: Sequence[LeafDiff], tell: bool) -> tuple[_Card | None, _Card |
     told["verdict"] = ", ".join(first.differences)
     found = [leaf.found for leaf in leaves if leaf.found is not None]
     if found:
-        total = sum(found[1:], found[0])
+        total = sum(found, Found())
         told["found"] = total.to_json() | {"elements": sum(leaf.elements for leaf in leaves)}
         if tell and total.different and len(leaves) > 1:
             each = [leaf.to_json() for leaf in found]

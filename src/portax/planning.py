@@ -91,6 +91,8 @@ def _entries(layout: Layout, wrapper: str, section: Section, traced: Trace, root
 
 @functools.cache
 def _narrowing(source: Any, target: np.dtype) -> str | None:
+    if source.itemsize == 1:  # quantised, which is a problem of its own
+        return None
     return None if jnp.promote_types(source, target) == target else f"{np.dtype(source)} -> {target}"
 
 
