@@ -146,6 +146,12 @@ def test_trees_of_any_form(trained):
     assert portax.diff(flat, deep).leaves[0].name.startswith("params/base/decoder/")
 
 
+def test_roots_count_where_names_are_the_same():
+    found = portax.diff({"params/x": ones(1)}, {"params/x": ones(1), "stats/y": ones(1)})
+    assert kinds(found) == {"stats/y": ("only in B",)}
+    assert portax.diff({"params/params/x": ones(1)}, {"base/x": ones(1)}).equal
+
+
 def test_a_trainers_checkpoint_against_the_hubs(converter, exported, tmp_path):
     hub = {name: leaf.copy() for name, leaf in exported.items()}
     hub |= {"lm_head.weight": hub["model.embed_tokens.weight"].copy(), "visual.patch_embed.weight": ones(2)}

@@ -26,7 +26,7 @@ class _Side:
 
     Attributes:
         what: What it is, in words.
-        names: Full names by path; paths have their parts apart by `/` and no root, so that they are comparable.
+        names: Full names by path; paths have their parts apart by `/`, so that they are comparable.
         specs: Shapes and dtypes by path.
         read: Leaves of the given paths, by path, some at a time.
         converted: Whether they are converted when they are read.
@@ -52,8 +52,8 @@ def diff(
 ) -> Diff:
     """Holds two checkpoints or states against each other, leaf by leaf: names, shapes, dtypes, and bits.
 
-    Leaves are read one at a time, large ones in pieces. Roots such as `base/` or `params/` are no
-    difference.
+    Leaves are read one at a time, large ones in pieces. Roots such as `base/` are no difference where no leaf has the
+    same name on both sides.
 
     Args:
         a: What `open_checkpoint` opens, or a state: a nested or flat mapping of arrays (or, without values, shapes).
@@ -74,7 +74,10 @@ def diff(
     Example:
         >>> print(portax.diff(portax.open_checkpoint("1000/items"), portax.open_checkpoint("2000/items")))
     """
-    one, two = _side(a, "A", converter), _side(b, "B", None if converter is None else converter.on(converter.mesh))
+    states = [trainer_state.read(tree) for tree in (a, b)]
+    rooted = bool({*_full(states[0])} & {*_full(states[1])})
+    one = _side(a, states[0], "A", converter, rooted=rooted)
+    two = _side(b, states[1], "B", converter and converter.on(converter.mesh), rooted=rooted)
     common = [path for path in one.specs if path in two.specs]
     found: dict[str, Found] = {}
     if values:
@@ -90,19 +93,26 @@ def diff(
     return Diff(one.what, two.what, tuple(row for row in rows if row.name not in beside), values, beside)
 
 
-def _side(tree: Any, letter: str, converter: BaseConverter | None) -> _Side:
-    state = trainer_state.read(tree)
+def _full(state: trainer_state.TrainerState) -> dict[str, Any]:
+    return {state.root + path: leaf for path, leaf in state.leaves.items()}
+
+
+def _side(
+    tree: Any, state: trainer_state.TrainerState, letter: str, converter: BaseConverter | None, *, rooted: bool
+) -> _Side:
     what = f"{tree.path} ({tree.form})" if isinstance(tree, Checkpoint) else f"a state ({letter})"
     if converter is not None and any(path.startswith(_DECODER) for path in state.leaves):
         return _converted(tree, what, converter)
-    given = {"/".join(trainer_state.split(key)).removeprefix(state.root): key for key in tree if isinstance(key, str)}
-    names = {path: given.get(path, state.root + path) for path in state.leaves}
-    specs = {path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in state.leaves.items()}
+    leaves = _full(state) if rooted else state.leaves
+    root = "" if rooted else state.root
+    given = {"/".join(trainer_state.split(key)).removeprefix(root): key for key in tree if isinstance(key, str)}
+    names = {path: given.get(path, root + path) for path in leaves}
+    specs = {path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
     return _Side(
         what=described(what, specs.values(), len(state.ignored) + len(getattr(tree, "others", ()))),
         names=names,
         specs=specs,
-        read=lambda paths: ({path: _with_values(names[path], state.leaves[path])} for path in paths),
+        read=lambda paths: ({path: _with_values(names[path], leaves[path])} for path in paths),
     )
 
 
