@@ -21,7 +21,7 @@ from portax import cli, page_file, picture
 from portax.comparing import Found
 from portax.diff_report import Diff, LeafDiff
 from portax.layouts import HuggingFace, TpuInference
-from portax.names import fold, unfold
+from portax.names import fold, folded_into
 from portax.resources import page
 
 MOE, TIED = "qwen3-30b-a3b.scan", "qwen3-0.6b.scan"
@@ -259,14 +259,13 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.html", "notes.html", "page.html"]
 
 
-def test_unfolding_is_the_inverse_of_folding():
-    for group in (
-        [f"base/decoder/layers_{i}/mlp/wo" for i in (0, 1, 2)],
-        [f"model.layers.{i}.mlp.experts.{j}.up_proj" for i in (0, 5) for j in range(3)],
-        ["lm_head.weight"],
-        ["model.layers.7.x"],
-    ):
-        assert [name for folded in fold(group) for name in unfold(folded)] == group
+def test_what_was_folded_is_known_again():
+    layers = [f"base/decoder/layers_{i}/mlp/wo" for i in range(9)]
+    experts = [f"model.layers.{i}.mlp.experts.{j}.up_proj" for i in range(6) for j in range(3)]
+    odd = ["lm_head.weight", "a{,}b", "a{0...99999999999}b", "a{1}{b", "(a+)+$"]
+    for group in (layers[:3], layers[1:6:2], layers[7:8], experts[:3] + experts[15:], [odd[0]], *([x] for x in odd)):
+        [folded] = fold(group)
+        assert [*filter(folded_into(folded), [*layers, *experts, *odd])] == group
 
 
 def main(*args):

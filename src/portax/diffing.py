@@ -75,7 +75,7 @@ def diff(
         >>> print(portax.diff(portax.open_checkpoint("1000/items"), portax.open_checkpoint("2000/items")))
     """
     states = [trainer_state.read(tree) for tree in (a, b)]
-    rooted = bool({*_full(states[0])} & {*_full(states[1])})
+    rooted = bool({*states[0].rooted} & {*states[1].rooted})
     one = _side(a, states[0], "A", converter, rooted=rooted)
     two = _side(b, states[1], "B", converter and converter.on(converter.mesh), rooted=rooted)
     common = [path for path in one.specs if path in two.specs]
@@ -93,17 +93,13 @@ def diff(
     return Diff(one.what, two.what, tuple(row for row in rows if row.name not in beside), values, beside)
 
 
-def _full(state: trainer_state.TrainerState) -> dict[str, Any]:
-    return {state.root + path: leaf for path, leaf in state.leaves.items()}
-
-
 def _side(
     tree: Any, state: trainer_state.TrainerState, letter: str, converter: BaseConverter | None, *, rooted: bool
 ) -> _Side:
     what = f"{tree.path} ({tree.form})" if isinstance(tree, Checkpoint) else f"a state ({letter})"
     if converter is not None and any(path.startswith(_DECODER) for path in state.leaves):
         return _converted(tree, what, converter)
-    leaves = _full(state) if rooted else state.leaves
+    leaves = state.rooted if rooted else state.leaves
     root = "" if rooted else state.root
     given = {"/".join(trainer_state.split(key)).removeprefix(root): key for key in tree if isinstance(key, str)}
     names = {path: given.get(path, root + path) for path in leaves}

@@ -1,11 +1,10 @@
 """Names for people: natural order, and numbered names folded into one."""
 
-import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 
 _NUMBER = re.compile(r"\d+")
-_FOLDED = re.compile(r"\{([\d,]+|\d+\.\.\.\d+)\}")
+_FOLDED = re.compile(r"\{(\d+(?:,\d+)*|\d+\.\.\.\d+)\}")
 _INDEX = re.compile(r"(?<=[./])\d+(?=[./])|(?<=/layers_)\d+(?=/)|(?<=/layer_)\d+(?=/)")  # of a layer or an expert
 _APART = re.compile(f"({_INDEX.pattern})")
 
@@ -56,16 +55,21 @@ def numbers(values: list[int]) -> str:
     return "{" + ",".join(str(value) for value in values) + "}"
 
 
-def unfold(name: str) -> list[str]:
-    """The names that were folded into this one; some more, if they were not all of those that its numbers make."""
-    around = _FOLDED.split(name)
+def folded_into(folded: str) -> Callable[[str], bool]:
+    """Tells the names that may have been folded into this one: those that its numbers make."""
+    around = _FOLDED.split(folded)
+    pattern = re.compile(r"(\d+)".join(re.escape(text) for text in around[::2]))
     columns = [_numbers(text) for text in around[1::2]]
-    return [
-        around[0] + "".join(f"{n}{text}" for n, text in zip(chosen, around[2::2], strict=True))
-        for chosen in itertools.product(*columns)
-    ]
+
+    def tell(name: str) -> bool:
+        found = pattern.fullmatch(name)
+        return name == folded or (
+            found is not None and all(int(n) in column for n, column in zip(found.groups(), columns, strict=True))
+        )
+
+    return tell
 
 
-def _numbers(text: str) -> Iterable[int]:
+def _numbers(text: str) -> Container[int]:
     first, _, last = text.partition("...")
     return range(int(first), int(last) + 1) if last else [int(n) for n in text.split(",")]

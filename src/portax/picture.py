@@ -11,7 +11,7 @@ from portax import trainer_state
 from portax.comparing import Found
 from portax.diff_report import Diff, LeafDiff, groups
 from portax.errors import PlanError, Problem
-from portax.names import family, fold, parts, unfold
+from portax.names import family, fold, folded_into, parts
 from portax.plan import Entry, Plan, axes_of
 from portax.tables import size
 
@@ -34,14 +34,15 @@ def of_plan(plan: Plan | None, params: Any, *, what: str, problems: Sequence[Pro
     leaves = _leaves(params)
     entries = plan.entries if plan else ()
     bad: dict[str, list[int]] = {}
+    unknown: dict[str, list[int]] = {}
+    known = [*leaves, *(entry.name for entry in entries)]
     for number, problem in enumerate(problems):
-        for name in unfold(problem.leaf):
-            bad.setdefault(name, []).append(number)
+        concerned = [*filter(folded_into(problem.leaf), known)]
+        for name in concerned or [problem.leaf]:
+            (bad if concerned else unknown).setdefault(name, []).append(number)
     sections = [_section(title, alike, leaves, bad) for title, alike in _alike(entries)]
     used = {source for entry in entries for source in entry.sources}
     loose = [name for name in leaves if name not in used]
-    known = {*leaves, *(entry.name for entry in entries)}
-    unknown = [problem.leaf for problem in problems if not known & {*unfold(problem.leaf)}]
     sections += _loose_section(loose, unknown, leaves, bad)
     if plan and plan.engine_owned:
         cards = [_card(names) | {"state": "own"} for names in _families(plan.engine_owned)]
@@ -80,10 +81,9 @@ def of_diff(diff: Diff) -> Picture:
 
 def _leaves(params: Any) -> Mapping[str, Any]:
     try:
-        state = trainer_state.read(params)
+        return trainer_state.read(params).rooted
     except PlanError:  # it is among the problems
         return {}
-    return {state.root + path: leaf for path, leaf in state.leaves.items()}
 
 
 def _plan_facts(plan: Plan) -> list[list[str]]:
@@ -137,13 +137,19 @@ def _section(
 
 
 def _loose_section(
-    loose: Sequence[str], unknown: Sequence[str], leaves: Mapping[str, Any], bad: Mapping[str, Sequence[int]]
+    loose: Sequence[str],
+    unknown: Mapping[str, Sequence[int]],
+    leaves: Mapping[str, Any],
+    bad: Mapping[str, Sequence[int]],
 ) -> list[Picture]:
     """Trainer leaves that feed nothing, and what a problem names that is on neither side."""
     left = [_leaf_card(names, leaves, bad) for names in _families(loose, leaves)]
-    ghosts = [_card(unfold(name)) | _marks(unfold(name), bad) | {"state": "ghost"} for name in unknown]
-    left += [card for card, name in zip(ghosts, unknown, strict=True) if "/" in name]
-    right = [card for card, name in zip(ghosts, unknown, strict=True) if "/" not in name]
+    ghosts = {
+        name: {"name": [name], "columns": [], "count": 1, "state": "ghost", "problems": numbers}
+        for name, numbers in unknown.items()
+    }
+    left += [card for name, card in ghosts.items() if "/" in name]
+    right = [card for name, card in ghosts.items() if "/" not in name]
     return [_sides("not connected", left, right)] if left or right else []
 
 

@@ -30,6 +30,11 @@ class TrainerState:
     root: str
     ignored: tuple[str, ...]
 
+    @property
+    def rooted(self) -> dict[str, Any]:
+        """Arrays by their whole path."""
+        return {self.root + path: leaf for path, leaf in self.leaves.items()}
+
 
 def read(params: Any) -> TrainerState:
     """Flattens a parameter tree of any of the forms that trainers use.
