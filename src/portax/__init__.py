@@ -5,6 +5,8 @@ from portax.arithmetic import Affine
 from portax.base import BaseConverter
 from portax.checkpoint import Checkpoint, open_checkpoint
 from portax.config import ModelConfig
+from portax.diff_report import Diff
+from portax.diffing import diff
 from portax.errors import (
     CheckpointError,
     ConfigError,
@@ -14,6 +16,7 @@ from portax.errors import (
     PlanError,
     PortaxError,
     Problem,
+    ReportError,
     SyncError,
 )
 from portax.exporting import Export, export
@@ -43,6 +46,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
+    "Diff",
     "Export",
     "Gemma3Converter",
     "Gemma4Converter",
@@ -62,6 +66,7 @@ __all__ = [
     "Qwen3Converter",
     "Qwen3NextConverter",
     "Qwen3_5Converter",
+    "ReportError",
     "ScanForm",
     "Staging",
     "SyncError",
@@ -69,6 +74,7 @@ __all__ = [
     "WeightSync",
     "blocks",
     "converter_for",
+    "diff",
     "export",
     "kernels",
     "layouts",

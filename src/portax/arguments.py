@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from portax import files, layouts
+from portax import files, layouts, page_file
 from portax.config import ModelConfig
 from portax.errors import ConfigError
 from portax.resources import config_path
@@ -47,6 +47,30 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention-dp", type=int, metavar="K", help=text)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the layout's own")
     parser.add_argument("--strict-dtype", action="store_true", help="make a cast that loses precision an error")
+
+
+def add_page(parser: argparse.ArgumentParser) -> None:
+    """Adds the page that shows the result."""
+    text = "also write a page that shows it, in one HTML file; replaces a page of portax, and no other file"
+    parser.add_argument("--html", metavar="FILE", help=text)
+
+
+def page(args: argparse.Namespace) -> pathlib.Path | None:
+    """Where to write that page, if it was asked for.
+
+    Raises:
+        ReportError: Another file has this name.
+    """
+    return None if args.html is None else page_file.refuse_other(args.html)
+
+
+def named_config(args: argparse.Namespace) -> str | pathlib.Path | None:
+    """The file of the configuration that was named, if one was.
+
+    Raises:
+        ConfigError: No configuration of that name is shipped.
+    """
+    return args.config or (config_path(args.model) if args.model else None)
 
 
 def layout(args: argparse.Namespace) -> layouts.Layout:
@@ -92,7 +116,7 @@ def weights_and_config(
     if named is None and required:
         raise ConfigError("no weights: name a checkpoint or a tree")
     params, carried = files.open_tree(named, scratch=scratch) if named else (None, None)
-    config = args.config or (config_path(args.model) if args.model else carried)
+    config = named_config(args) or carried
     if config is None:
         raise ConfigError("no configuration: pass --model or --config; these weights do not carry one")
     return params, ModelConfig.of(config)

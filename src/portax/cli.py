@@ -1,7 +1,7 @@
-"""The `portax` command: models, inspect, plan, convert, verify, demo, doctor.
+"""The `portax` command: models, inspect, plan, convert, diff, verify, demo, doctor.
 
-Exit codes: 0 done and exact; 1 a leaf differs, or the plan has problems; 2 the command, a file, the configuration or
-the layout is not usable, or the disk is full; 130 interrupted.
+Exit codes: 0 done, and exact or equal; 1 a leaf differs, or the plan has problems; 2 the command, a file, the
+configuration or the layout is not usable, what is to be compared cannot be, or the disk is full; 130 interrupted.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from absl.flags import argparse_flags
 from jax.sharding import Mesh
 from rich.console import Console, RenderableType
 
-from portax import arguments, convert_command, demo, doctor, inspection, report
+from portax import arguments, convert_command, demo, diff_command, doctor, inspection, page_file, picture, report
 from portax.checkpoint import open_checkpoint
 from portax.config import ModelConfig
 from portax.errors import PlanError, PortaxError
 from portax.golden import Comparison, Golden, compare
 from portax.models import converter_for, families
-from portax.resources import config_path, configs
+from portax.resources import configs
 
 _INTERRUPTED = 130  # as shells count it
 
@@ -73,8 +73,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments.add_weights(plan)
     arguments.add_model(plan)
     arguments.add_layout(plan)
+    arguments.add_page(plan)
     text = "Convert a checkpoint and write sharded safetensors; interrupted, the same command goes on."
     convert_command.add(command("convert", _convert, text))
+    diff_command.add(command("diff", _diff, "Show what differs between two checkpoints, leaf by leaf."))
     verify = command("verify", _verify, "Convert a tree and hold every leaf against a golden file, both ways.")
     arguments.add_weights(verify)
     arguments.add_model(verify)
@@ -105,9 +107,19 @@ def _models(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    page = arguments.page(args)
     params, config = arguments.weights_and_config(args, required=False)
     converter = converter_for(config, layout=arguments.layout(args), strict_dtype=args.strict_dtype)
-    plan = converter.plan(converter.expected_tree() if params is None else params)
+    params = converter.expected_tree() if params is None else params
+    what = args.checkpoint or args.tree or args.model or args.config
+    try:
+        plan = converter.plan(params)
+    except PlanError as error:
+        if page:
+            page_file.write(page, picture.of_plan(error.plan, params, what=what, problems=error.problems))
+        raise
+    if page:
+        page_file.write(page, picture.of_plan(plan, params, what=what))
     _print(plan.to_json() if args.json else str(plan))
     return 0
 
@@ -120,8 +132,16 @@ def _convert(args: argparse.Namespace) -> int:
         return _INTERRUPTED
 
 
+def _diff(args: argparse.Namespace) -> int:
+    try:
+        return diff_command.run(args, _print)
+    except KeyboardInterrupt:
+        logging.error("interrupted")
+        return _INTERRUPTED
+
+
 def _inspect(args: argparse.Namespace) -> int:
-    given = args.config or (config_path(args.model) if args.model else None)
+    given = arguments.named_config(args)
     shipped = {path.stem: ModelConfig.of(path) for path in configs()}
     config = None if given is None else ModelConfig.of(given)
     found = inspection.inspect(open_checkpoint(args.checkpoint), shipped, config)

@@ -1,16 +1,12 @@
 """`portax convert`: a checkpoint to an engine's or the hub's tensors on disk."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from portax import arguments, config_json
 from portax.config import ModelConfig
@@ -19,6 +15,7 @@ from portax.exporting import BUCKET_BYTES, SHARD_BYTES, export
 from portax.layouts import HuggingFace
 from portax.models import converter_for
 from portax.plan import Plan
+from portax.progress import progress_bar
 from portax.shards import make_shards
 from portax.tables import size
 from portax.workplace import refuse_existing, unfinished_folder
@@ -62,7 +59,7 @@ def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:
     if args.dry_run:
         show(plan.to_json() if args.json else f"{plan}\n{_intent(args, out, plan)}")
         return 0
-    with _progress(plan.bytes_out, f"writing {out.name}") as report:
+    with progress_bar(f"writing {out.name}") as report:
         done = export(
             converter,
             params,
@@ -70,7 +67,7 @@ def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:
             hub_config=hub_config,
             shard_bytes=args.shard_bytes,
             bucket_bytes=args.bucket_bytes,
-            progress=report,
+            progress=lambda done: report(done, plan.bytes_out),
         )
     show(json.dumps(dataclasses.asdict(done)) if args.json else _summary(done, hub_config, layout))
     return 0
@@ -119,13 +116,3 @@ def _summary(done: Any, hub_config: Mapping[str, Any] | None, layout: Any) -> st
 
 def _files(count: int) -> str:
     return f"{count} file{'s' * (count != 1)}"
-
-
-@contextlib.contextmanager
-def _progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar with the rate and the time that is left; on a terminal alone."""
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda nbytes: progress.advance(task, nbytes)

@@ -2,6 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from portax.plan import Plan
 
 
 class PortaxError(Exception):
@@ -32,6 +36,10 @@ class GoldenError(PortaxError, ValueError):
     """A golden, tree or weights file that cannot be read as what it should be."""
 
 
+class ReportError(PortaxError, ValueError):
+    """A page that cannot be written: another file has its name, or the disk is full."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One reason why a plan cannot be carried out.
@@ -57,10 +65,12 @@ class PlanError(PortaxError, ValueError):
 
     Attributes:
         problems: Each problem found, in the order of the tree.
+        plan: What was planned all the same, to be shown and not to be carried out; None if it did not come so far.
     """
 
-    def __init__(self, problems: Iterable[Problem]):
+    def __init__(self, problems: Iterable[Problem], plan: "Plan | None" = None):
         self.problems = tuple(problems)
+        self.plan = plan
         noun = "problem" if len(self.problems) == 1 else "problems"
         lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1))
         super().__init__(f"{len(self.problems)} {noun}, nothing was converted:\n{lines}")

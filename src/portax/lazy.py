@@ -1,7 +1,9 @@
 """`LazyArray`: a weight that is read when it is asked for, a part at a time."""
 
 import abc
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,26 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
     memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def pieces(shape: tuple[int, ...], chunk: tuple[int, ...], most: int) -> Iterator[tuple[slice, ...]]:
+    """Cuts an array into boxes of whole chunks.
+
+    Args:
+        shape: Its shape.
+        chunk: Shape of the pieces in which it is stored.
+        most: Most elements of one box; a chunk that has more is a box all the same.
+
+    Yields:
+        A slice for each axis, in C order; last axes are cut last, because they make long runs.
+    """
+    steps = [min(a, n) for a, n in zip(chunk, shape, strict=True)]
+    for axis in reversed(range(len(steps))):
+        others = math.prod(steps) // steps[axis]
+        times = most // (others * chunk[axis])
+        steps[axis] = min(shape[axis], max(steps[axis], times * chunk[axis]))
+    for corner in itertools.product(*(range(0, n, step) for n, step in zip(shape, steps, strict=True))):
+        yield tuple(slice(a, min(a + step, n)) for a, step, n in zip(corner, steps, shape, strict=True))
 
 
 class LazyArray(abc.ABC):

@@ -83,7 +83,9 @@ class Leaves:
         if problem := _problem(path, leaf, expected, f"[{', '.join(labels)}]{kind}"):
             self.problems.append(problem)
             dtype = leaf.dtype if leaf is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.float32
-            return jnp.zeros(shape, dtype)
+            if leaf is None:
+                return jnp.zeros(shape, dtype)
+            return jnp.broadcast_to(0 * jnp.asarray(leaf).astype(dtype).sum(), shape)  # a trace shows what it feeds
         leaf = jnp.asarray(leaf)
         own = kernels.raw(leaf)
         if self._scan:

@@ -1,10 +1,12 @@
 """Names for people: natural order, and numbered names folded into one."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 
 _NUMBER = re.compile(r"\d+")
+_FOLDED = re.compile(r"\{(\d+(?:,\d+)*|\d+\.\.\.\d+)\}")
 _INDEX = re.compile(r"(?<=[./])\d+(?=[./])|(?<=/layers_)\d+(?=/)|(?<=/layer_)\d+(?=/)")  # of a layer or an expert
+_APART = re.compile(f"({_INDEX.pattern})")
 
 
 def natural_order(name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -15,6 +17,12 @@ def natural_order(name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
 def family(name: str) -> str:
     """The name with layer and expert numbers left out: `layers.*.mlp.gate.weight`."""
     return _INDEX.sub("*", name)
+
+
+def parts(name: str) -> tuple[list[str], tuple[int, ...]]:
+    """What stands around the layer and expert numbers of a name, and those numbers."""
+    found = _APART.split(name)
+    return found[::2], tuple(map(int, found[1::2]))
 
 
 def fold(names: Iterable[str]) -> list[str]:
@@ -45,3 +53,23 @@ def numbers(values: list[int]) -> str:
     if values == list(range(values[0], values[-1] + 1)):
         return f"{{{values[0]}...{values[-1]}}}"
     return "{" + ",".join(str(value) for value in values) + "}"
+
+
+def folded_into(folded: str) -> Callable[[str], bool]:
+    """Tells the names that may have been folded into this one: those that its numbers make."""
+    around = _FOLDED.split(folded)
+    pattern = re.compile(r"(\d+)".join(re.escape(text) for text in around[::2]))
+    columns = [_numbers(text) for text in around[1::2]]
+
+    def tell(name: str) -> bool:
+        found = pattern.fullmatch(name)
+        return name == folded or (
+            found is not None and all(int(n) in column for n, column in zip(found.groups(), columns, strict=True))
+        )
+
+    return tell
+
+
+def _numbers(text: str) -> Container[int]:
+    first, _, last = text.partition("...")
+    return range(int(first), int(last) + 1) if last else [int(n) for n in text.split(",")]

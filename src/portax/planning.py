@@ -58,10 +58,8 @@ def make_plan(
     if target is not None:
         owned, target_problems = _against_target(entries, target, hooks.layout)
         problems += target_problems
-    if problems:
-        raise PlanError(_folded(problems))
     bytes_in = sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in state.leaves.values())
-    return Plan(
+    plan = Plan(
         layout=repr(hooks.layout),
         entries=tuple(entries),
         tensors_per_layer=tuple(tensors_per_layer),
@@ -70,6 +68,9 @@ def make_plan(
         ignored=state.ignored,
         engine_owned=owned,
     )
+    if problems:
+        raise PlanError(_folded(problems), plan)
+    return plan
 
 
 def _entries(layout: Layout, wrapper: str, section: Section, traced: Trace, root: str) -> Iterable[Entry]:
@@ -90,6 +91,8 @@ def _entries(layout: Layout, wrapper: str, section: Section, traced: Trace, root
 
 @functools.cache
 def _narrowing(source: Any, target: np.dtype) -> str | None:
+    if source.itemsize == 1:  # quantised, which is a problem of its own
+        return None
     return None if jnp.promote_types(source, target) == target else f"{np.dtype(source)} -> {target}"
 
 

@@ -1,4 +1,4 @@
-"""Files that ship with portax: model configurations and the demo's goldens."""
+"""Files that ship with portax: model configurations, the demo's goldens, and the page that shows plans."""
 
 import pathlib
 
@@ -32,6 +32,11 @@ def demo_goldens() -> dict[str, pathlib.Path]:
     """The demo's models: folder with `source.json` and engine goldens, by MaxText's name; scanned, if it can be."""
     trees = sorted(_folder("goldens", "tests/golden").iterdir(), reverse=True)
     return {path.name.rpartition(".")[0]: path for path in sorted(trees, key=lambda path: path.suffix == ".scan")}
+
+
+def page() -> str:
+    """The template of the page that shows a plan or a diff."""
+    return (_PACKAGE / "page.html").read_text()
 
 
 def _folder(installed: str, checkout: str) -> pathlib.Path:

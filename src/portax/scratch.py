@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import itertools
 import math
 import os
 import shutil
@@ -24,7 +23,7 @@ from jaxtyping import Shaped
 
 from portax.disk import is_full, write_at
 from portax.errors import CheckpointError
-from portax.lazy import empty
+from portax.lazy import empty, pieces
 from portax.tables import size
 
 _SLAB_BYTES = 2**26  # of a stack, read at a time; a chunk that is larger is read whole
@@ -165,11 +164,9 @@ def _slabs(
     store: Store, chunk: tuple[int, ...], axes: tuple[int, ...], into: Unstacked
 ) -> Iterator[tuple[_Slab, np.ndarray]]:
     """Reads a stack in pieces of whole chunks, the next one while the last one is in work."""
-    steps = _steps(into.layer, chunk, _SLAB_BYTES // (math.prod(into.scan) * into.dtype.itemsize))
-    starts = itertools.product(*(range(0, n, step) for n, step in zip(into.layer, steps, strict=True)))
+    most = _SLAB_BYTES // (math.prod(into.scan) * into.dtype.itemsize)
     reading: collections.deque[tuple[_Slab, Any]] = collections.deque()
-    for corner in starts:
-        slab = tuple(slice(a, min(a + step, n)) for a, step, n in zip(corner, steps, into.layer, strict=True))
+    for slab in pieces(into.layer, chunk, most):
         rest = iter(slab)
         at = tuple(slice(None) if axis in axes else next(rest) for axis in range(len(store.shape)))
         reading.append((slab, store[at].read()))
@@ -179,13 +176,3 @@ def _slabs(
     while reading:
         ready, future = reading.popleft()
         yield ready, future.result()
-
-
-def _steps(layer: tuple[int, ...], chunk: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """How far to go on each axis: whole chunks, more of them while they fit, last axes first (they make long runs)."""
-    steps = [min(a, n) for a, n in zip(chunk, layer, strict=True)]
-    for axis in reversed(range(len(steps))):
-        others = math.prod(steps) // steps[axis]
-        times = most // (others * chunk[axis])
-        steps[axis] = min(layer[axis], max(steps[axis], times * chunk[axis]))
-    return tuple(steps)

@@ -30,6 +30,11 @@ class TrainerState:
     root: str
     ignored: tuple[str, ...]
 
+    @property
+    def rooted(self) -> dict[str, Any]:
+        """Arrays by their whole path."""
+        return {self.root + path: leaf for path, leaf in self.leaves.items()}
+
 
 def read(params: Any) -> TrainerState:
     """Flattens a parameter tree of any of the forms that trainers use.
@@ -46,13 +51,17 @@ def read(params: Any) -> TrainerState:
     """
     if not isinstance(params, Mapping):
         raise PlanError([_no_parameters(f"a {type(params).__name__}")])
-    leaves, ignored = {}, []
-    for path, box in flatten(params):
-        leaf = unbox(box)
+    leaves: dict[str, Any] = {}
+    ignored, twice = [], []
+    for parts, box in flatten(params):
+        path, leaf = "/".join(parts), unbox(box)
         if _is_parameter(box, leaf):
-            leaves["/".join(path)] = leaf
+            twice += [path] * (path in leaves)
+            leaves[path] = leaf
         else:
-            ignored.append("/".join(path))
+            ignored.append(path)
+    if twice:
+        raise PlanError(_twice(path) for path in twice)
     if not leaves:
         raise PlanError([_no_parameters("an empty tree")])
     if odd := [_no_array(path, leaf) for path, leaf in leaves.items() if not isinstance(leaf, _ARRAYS)]:
@@ -75,17 +84,23 @@ def _no_array(path: str, leaf: Any) -> Problem:
     return Problem(path, f"a {type(leaf).__name__}", "an array of JAX or numpy, or a jax.ShapeDtypeStruct", cause)
 
 
+def _twice(path: str) -> Problem:
+    cause = "names that are told apart by nothing but dots and slashes, or trees that were merged"
+    return Problem(path, "two leaves of this path", "one", cause)
+
+
 def flatten(node: Mapping, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The leaves of a nested or flat mapping, boxed as they are, with their paths in parts."""
     for key, child in node.items():
-        here = path + _split(key)
+        here = path + split(key)
         if isinstance(child, Mapping):
             yield from flatten(child, here)
         elif child is not None:
             yield here, child
 
 
-def _split(key: Any) -> tuple[str, ...]:
+def split(key: Any) -> tuple[str, ...]:
+    """The parts of one key of a mapping: `a/b`, `a.b` and `("a", "b")` have two."""
     if isinstance(key, tuple):
         return tuple(str(part) for part in key)
     return tuple(re.split(r"[/.]", key)) if isinstance(key, str) else (str(key),)
