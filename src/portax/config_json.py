@@ -1,12 +1,58 @@
 """The hub's `config.json` that goes with exported tensors."""
 
 import collections
-from collections.abc import Mapping
+import contextlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from portax.base import BaseConverter
+from portax.config import ModelConfig
 from portax.errors import ConfigError
 from portax.plan import Plan
+
+
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """The content of a hub's `config.json`.
+
+    Raises:
+        ConfigError: The file cannot be read, is none, or is of a model that no converter knows.
+    """
+    ModelConfig.of(path)  # for its errors
+    content = json.loads(pathlib.Path(path).read_text())
+    if "model_type" not in content:
+        raise ConfigError(f"{path}: has no model_type, so it is no hub config.json")
+    return content
+
+
+def told(hub_config: str | None, config: str | None) -> dict[str, Any] | None:
+    """The content of the hub's `config.json` among a command's arguments: the one named, or the model's configuration.
+
+    Args:
+        hub_config: `--hub-config`.
+        config: `--config`, which may be MaxText's.
+
+    Raises:
+        ConfigError: As for `read`.
+    """
+    if hub_config is not None:
+        return read(hub_config)
+    if config is None or not config.endswith(".json"):
+        return None
+    ModelConfig.of(config)  # for its errors
+    return read(config) if "model_type" in json.loads(pathlib.Path(config).read_text()) else None
+
+
+@contextlib.contextmanager
+def in_folder(hub_config: Mapping[str, Any], plan: Plan) -> Iterator[pathlib.Path]:
+    """A temporary folder with `config.json` alone, as libraries want it that are given the weights another way."""
+    with tempfile.TemporaryDirectory() as folder:
+        content = json.dumps(with_dtype(hub_config, plan))
+        (pathlib.Path(folder) / "config.json").write_text(content)
+        yield pathlib.Path(folder)
 
 
 def check(hub_config: Mapping[str, Any], converter: BaseConverter, plan: Plan) -> None:
