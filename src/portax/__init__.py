@@ -15,6 +15,7 @@ from portax.errors import (
     PortaxError,
     Problem,
     SyncError,
+    ValidationError,
 )
 from portax.exporting import Export, export
 from portax.layers import Layer, ScanForm
@@ -66,6 +67,7 @@ __all__ = [
     "Staging",
     "SyncError",
     "SyncReport",
+    "ValidationError",
     "WeightSync",
     "blocks",
     "converter_for",

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -57,7 +58,14 @@ def in_folder(hub_config: Mapping[str, Any], plan: Plan) -> Iterator[pathlib.Pat
 
 def check(hub_config: Mapping[str, Any], converter: BaseConverter, plan: Plan) -> None:
     """Raises a `ConfigError` unless a hub's `config.json` asks for exactly the tensors that are planned."""
-    hub = type(converter)(hub_config, layout=converter.layout, wrapper=converter.wrapper)
+    read_off = ModelConfig.of(hub_config)
+    if read_off.decoder_block not in converter.decoder_blocks:
+        raise ConfigError(
+            f"the hub config is of another model: of the family {read_off.decoder_block}, and the weights are of "
+            f"{converter.config.decoder_block}"
+        )
+    config = dataclasses.replace(read_off, rope_type=converter.config.rope_type)  # the trainer's own affair
+    hub = type(converter)(config, layout=converter.layout, wrapper=converter.wrapper)
     expected = {entry.name: entry.shape for entry in hub.plan(hub.expected_tree(scanned=False)).entries}
     planned = {entry.name: entry.shape for entry in plan.entries}
     if odd := [name for name in {**planned, **expected} if planned.get(name) != expected.get(name)]:

@@ -1,10 +1,11 @@
 """`validate`: a trainer's checkpoint, converted, loaded into an engine, and made to talk."""
 
+import abc
 import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Group
 
@@ -82,7 +83,7 @@ class Job:
         return coverage(loaded.plan, ties=loaded.ties, others=others)
 
 
-class Engine(Protocol):
+class Engine(abc.ABC):
     """Something that generates; `portax.integrations` has `transformers.Transformers` and `vllm.Vllm`.
 
     Attributes:
@@ -91,9 +92,11 @@ class Engine(Protocol):
 
     name: str
 
+    @abc.abstractmethod
     def load(self, job: Job) -> Loaded:
         """Loads the model's weights, all of them; the phases go into `job.seconds`."""
 
+    @abc.abstractmethod
     def generate(self, tokens: Sequence[int], count: int) -> Generated:
         """Generates greedily, to an end-of-sequence token or to that many tokens."""
 

@@ -17,7 +17,7 @@ from portax.errors import MissingPackageError, ValidationError
 from portax.exporting import BUCKET_BYTES
 from portax.plan import Plan
 from portax.timing import timed
-from portax.validation import Generated, Job, Loaded
+from portax.validation import Engine, Generated, Job, Loaded
 
 try:
     import torch
@@ -29,7 +29,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 
-class Transformers:
+class Transformers(Engine):
     """An engine for `portax.validation.validate`.
 
     The converted tensors go from memory to memory through `from_pretrained(state_dict=...)`: transformers renames and

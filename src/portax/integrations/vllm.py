@@ -15,13 +15,13 @@ from portax import config_json
 from portax.errors import MissingPackageError, ValidationError
 from portax.integrations.tpu_inference import updating, weight_sync
 from portax.timing import timed
-from portax.validation import Generated, Job, Loaded
+from portax.validation import Engine, Generated, Job, Loaded
 
 _PACKAGES = ("vllm", "tpu_inference")
 _BLOCK = 128  # the engine's context is a multiple of it
 
 
-class Vllm:
+class Vllm(Engine):
     """An engine for `portax.validation.validate`.
 
     Every leaf is written by `WeightSync` and compared with the conversion afterwards.
