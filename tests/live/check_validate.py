@@ -3,7 +3,7 @@
     python tests/live/check_validate.py [CHECK ...]      (in an environment made by `.ci/live`; exit code 1 if they differ)
 
 Every checkpoint under tests/checkpoints comes with prompts, MaxText's continuations, and by how much each token was the best
-(`oracle/greedy_maxtext.py`). `control`: with the heads of the queries in another order, the tokens must be others. `vllm`: the
+(`oracle/greedy_maxtext.py`). `text`: a prompt of words, by a tokenizer that spells token ids. `control`: with the heads of the queries in another order, the tokens must be others. `vllm`: the
 engine of `--engine vllm`, given an `LLM` that runs on simulated devices.
 """
 
@@ -19,7 +19,7 @@ import cases
 CHECKPOINTS = cases.ROOT / "tests" / "checkpoints"
 DENSE = "qwen3-0.6b.scan"
 NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
-CHECKS = (*NAMES, "control", "vllm")
+CHECKS = (*NAMES, "text", "control", "vllm")
 UNTIED = 4e-4  # two frameworks sum float32 products in different orders; see check_logits.py
 TIED = 0.125  # MaxText rounds the table to bfloat16 where it serves as the head; transformers does not
 BFLOAT16 = 0.5  # what the engine computes in bfloat16 decides nothing where MaxText's margin is larger
@@ -42,13 +42,13 @@ def report(name, done, expected, tolerance):
     return good
 
 
-def command(name, prompt, length):
+def command(name, length, *prompt):
     """What `portax validate --json` prints."""
     from portax import cli
 
     folder = CHECKPOINTS / name
     arguments = ["--config", folder / "maxtext_config.json", "--hub-config", folder / "hf_config.json"]
-    arguments += ["--tokens", ",".join(map(str, prompt)), "--max-new-tokens", length, "--json"]
+    arguments += [*prompt, "--max-new-tokens", length, "--json"]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         code = cli.main(cli.parse(["portax", "validate", *map(str, [folder / "orbax", *arguments])]))
     if code:
@@ -63,12 +63,31 @@ def check_checkpoint(name):
     good = []
     for expected in greedy:
         bare = [token for token in expected["prompt"] if token != text["bos_token_id"]]
-        done = command(name, bare, len(expected["tokens"]))
+        done = command(name, len(expected["tokens"]), "--tokens", ",".join(map(str, bare)))
         if done["prompt"] != expected["prompt"]:
             sys.stdout.write(f"{name}: the prompt is {done['prompt']}, not {expected['prompt']}\n")
             return False
         good.append(report(name, done, expected, TIED if hub["tie_word_embeddings"] else UNTIED))
     return all(good)
+
+
+def check_text():
+    """Whether text goes in and comes out by the tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    hub, (expected, *_) = recorded(DENSE)
+    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(hub["vocab_size"])}))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+
+    def text(tokens):
+        return " ".join(f"w{token}" for token in tokens)
+
+    with tempfile.TemporaryDirectory() as folder:
+        PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+        done = command(DENSE, len(expected["tokens"]), "--prompt", text(expected["prompt"]), "--tokenizer", folder)
+    sys.stdout.write(f"text: {text(expected['prompt'])} -> {done['text']}\n")
+    return done["text"] == text(expected["tokens"])
 
 
 def check_control():
