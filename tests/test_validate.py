@@ -70,6 +70,9 @@ def test_bos_goes_in_front_once_and_only_where_it_belongs():
     assert make_prompt([7, 2], *gemma) == validation.Prompt((2, 7, 2), 2)
     assert make_prompt([2, 7], *gemma) == validation.Prompt((2, 7), None)
     assert make_prompt([7], *converter(CHECKPOINTS / "qwen3-30b-a3b.scan")) == validation.Prompt((7,), None)
+    far = gemma[1] | {"text_config": gemma[1]["text_config"] | {"bos_token_id": 300}}
+    with pytest.raises(portax.ValidationError, match="token 300 is outside"):
+        make_prompt([7], gemma[0], far)
     nameless = gemma[1] | {"text_config": gemma[1]["text_config"] | {"bos_token_id": None}}
     with pytest.raises(portax.ConfigError, match="begin with <bos>, and the hub config has no bos_token_id"):
         make_prompt([7], gemma[0], nameless)

@@ -47,6 +47,12 @@ def told(hub_config: str | None, config: str | None) -> dict[str, Any] | None:
     return read(config) if "model_type" in json.loads(pathlib.Path(config).read_text()) else None
 
 
+def field(hub_config: Mapping[str, Any], name: str) -> Any:
+    """A field of the language model's part of a `config.json`, or else of the whole; None where it is in neither."""
+    inner = hub_config.get("text_config") or {}
+    return inner[name] if inner.get(name) is not None else hub_config.get(name)
+
+
 @contextlib.contextmanager
 def in_folder(hub_config: Mapping[str, Any], plan: Plan) -> Iterator[pathlib.Path]:
     """A temporary folder with `config.json` alone, as libraries want it that are given the weights another way."""

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from portax import config_json
 from portax.base import BaseConverter
 from portax.errors import ConfigError, MissingPackageError, ValidationError
 
@@ -35,17 +36,17 @@ def make_prompt(tokens: Sequence[int], converter: BaseConverter, hub_config: Map
         ValidationError: There is none, or one is outside the vocabulary.
         ConfigError: The family wants a `<bos>`, and the hub's config names none.
     """
-    last = converter.config.vocab_size - 1
     if not tokens:
         raise ValidationError("the prompt is empty: give at least one token")
-    if odd := [token for token in tokens if not 0 <= token <= last]:
-        raise ValidationError(f"token {odd[0]} is outside this model's vocabulary, 0 to {last}")
-    if not converter.starts_with_bos:
-        return Prompt(tuple(tokens), None)
-    bos = {**hub_config, **hub_config.get("text_config", {})}.get("bos_token_id")
-    if bos is None:
+    bos = config_json.field(hub_config, "bos_token_id") if converter.starts_with_bos else None
+    if converter.starts_with_bos and bos is None:
         raise ConfigError("prompts of this family begin with <bos>, and the hub config has no bos_token_id: add it")
-    return Prompt(tuple(tokens), None) if tokens[0] == bos else Prompt((bos, *tokens), bos)
+    added = None if tokens[0] == bos else bos
+    prompt = Prompt((*tokens,) if added is None else (added, *tokens), added)
+    last = converter.config.vocab_size - 1
+    if odd := [token for token in prompt.tokens if not 0 <= token <= last]:
+        raise ValidationError(f"token {odd[0]} is outside this model's vocabulary, 0 to {last}")
+    return prompt
 
 
 def read_tokenizer(path: str | os.PathLike) -> Any:

@@ -213,7 +213,8 @@ def prepare(
         carried = None
         if isinstance(checkpoint, str | os.PathLike):
             checkpoint, carried = open_tree(checkpoint, scratch=scratch)
-        converter = converter_for(config or carried or hub_config, layout=HuggingFace())
+        known = next(source for source in (config, carried, hub_config) if source is not None)
+        converter = converter_for(known, layout=HuggingFace())
         plan = converter.plan(checkpoint)
         config_json.check(hub_config, converter, plan)
         reader: Any = None if tokenizer is None else read_tokenizer(tokenizer)

@@ -1,6 +1,6 @@
 """Models of transformers, on the CPU, with a converted checkpoint's weights.
 
-Importing this module imports torch and transformers. Tried with transformers 5.19 and 5.23.
+Importing this module imports torch and transformers. Tried with transformers 5.19.
 """
 
 import contextlib
@@ -84,7 +84,13 @@ def _model_class(job: Job) -> tuple[Any, Any]:
             "have: add the name, or install a transformers that has it"
         )
     with config_json.in_folder(job.hub_config, job.plan) as folder, _quiet():
-        return family, family.config_class.from_pretrained(folder)
+        try:
+            return family, family.config_class.from_pretrained(folder)
+        except Exception as error:  # whatever it is, it says why
+            raise ValidationError(
+                f"transformers {transformers.__version__} cannot read the hub config ({error}). Likely cause: it is of "
+                "another version of transformers"
+            ) from error
 
 
 def _tensor(leaf: jax.Array) -> "torch.Tensor":

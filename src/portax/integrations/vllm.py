@@ -24,7 +24,9 @@ _BLOCK = 128  # the engine's context is a multiple of it
 class Vllm(Engine):
     """An engine for `portax.validation.validate`.
 
-    Every leaf is written by `WeightSync` and compared with the conversion afterwards.
+    Every leaf is written by `WeightSync` and compared with the conversion afterwards. Its phases: `load` is the start
+    of the engine, if it was given none; `compile` is the sync, planned against the engine's leaves; `sync` is the
+    conversion, the writing and the comparison.
 
     Attributes:
         name: What it is, and of which version.
@@ -46,6 +48,7 @@ class Vllm(Engine):
         self.name = f"vllm on tpu-inference {importlib.metadata.version('tpu-inference')}"
         self._llm = llm
         self._tp = tp
+        self._ends: list[int] = []
 
     def load(self, job: Job) -> Loaded:
         """Boots the engine, if it was given none, and writes the weights.
@@ -60,6 +63,8 @@ class Vllm(Engine):
             sync = weight_sync(self._llm, job.converter.config, params=job.params, verify=True)
         with timed(job.seconds, "sync"), updating(self._llm):
             sync(job.params)
+        ends = config_json.field(job.hub_config, "eos_token_id")  # the engine has no tokenizer that would tell it
+        self._ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
         return Loaded(sync.plan, sync.plan.ties)
 
     def generate(self, tokens: Sequence[int], count: int) -> Generated:
@@ -67,7 +72,9 @@ class Vllm(Engine):
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        greedy = SamplingParams(max_tokens=count, temperature=0, logprobs=2, detokenize=False)
+        greedy = SamplingParams(
+            max_tokens=count, temperature=0, logprobs=2, detokenize=False, stop_token_ids=self._ends
+        )
         (out,) = self._llm.generate([TokensPrompt(prompt_token_ids=list(tokens))], greedy, use_tqdm=False)
         best = (sorted((each.logprob for each in step.values()), reverse=True) for step in out.outputs[0].logprobs)
         return Generated(tuple(out.outputs[0].token_ids), tuple(first - second for first, second, *_ in best))
