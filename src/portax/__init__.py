@@ -18,6 +18,7 @@ from portax.errors import (
     Problem,
     ReportError,
     SyncError,
+    ValidationError,
 )
 from portax.exporting import Export, export
 from portax.layers import Layer, ScanForm
@@ -71,6 +72,7 @@ __all__ = [
     "Staging",
     "SyncError",
     "SyncReport",
+    "ValidationError",
     "WeightSync",
     "blocks",
     "converter_for",

@@ -1,4 +1,4 @@
-"""The `portax` command: models, inspect, plan, convert, diff, verify, demo, doctor.
+"""The `portax` command: models, inspect, plan, convert, diff, validate, verify, demo, doctor.
 
 Exit codes: 0 done, and exact or equal; 1 a leaf differs, or the plan has problems; 2 the command, a file, the
 configuration or the layout is not usable, what is to be compared cannot be, or the disk is full; 130 interrupted.
@@ -22,7 +22,18 @@ from absl.flags import argparse_flags
 from jax.sharding import Mesh
 from rich.console import Console, RenderableType
 
-from portax import arguments, convert_command, demo, diff_command, doctor, inspection, page_file, picture, report
+from portax import (
+    arguments,
+    convert_command,
+    demo,
+    diff_command,
+    doctor,
+    inspection,
+    page_file,
+    picture,
+    report,
+    validate_command,
+)
 from portax.checkpoint import open_checkpoint
 from portax.config import ModelConfig
 from portax.errors import PlanError, PortaxError
@@ -77,6 +88,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     text = "Convert a checkpoint and write sharded safetensors; interrupted, the same command goes on."
     convert_command.add(command("convert", _convert, text))
     diff_command.add(command("diff", _diff, "Show what differs between two checkpoints, leaf by leaf."))
+    text = "Convert a checkpoint, load it into an engine, generate greedily: does the converted model talk?"
+    validate_command.add(command("validate", _validate, text))
     verify = command("verify", _verify, "Convert a tree and hold every leaf against a golden file, both ways.")
     arguments.add_weights(verify)
     arguments.add_model(verify)
@@ -138,6 +151,10 @@ def _diff(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         logging.error("interrupted")
         return _INTERRUPTED
+
+
+def _validate(args: argparse.Namespace) -> int:
+    return validate_command.run(args, _print)
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from portax import arguments, config_json
-from portax.config import ModelConfig
 from portax.errors import ConfigError
 from portax.exporting import BUCKET_BYTES, SHARD_BYTES, export
 from portax.layouts import HuggingFace
@@ -81,18 +80,11 @@ def interrupted(args: argparse.Namespace) -> str:
 
 
 def _hub_config(args: argparse.Namespace, layout: Any) -> Mapping[str, Any] | None:
-    given = args.hub_config
-    if given is None and args.config is not None and args.config.endswith(".json"):
-        given = args.config
-    if given is None or not isinstance(layout, HuggingFace):
-        if args.hub_config is not None:
-            raise ConfigError(f"--hub-config: a config.json goes with --layout hf, not with {layout}")
-        return None
-    ModelConfig.of(given)  # for its errors
-    content = json.loads(pathlib.Path(given).read_text())
-    if "model_type" not in content and args.hub_config is not None:
-        raise ConfigError(f"{given}: has no model_type, so it is no hub config.json")
-    return content if "model_type" in content else None
+    if isinstance(layout, HuggingFace):
+        return config_json.told(args.hub_config, args.config)
+    if args.hub_config is not None:
+        raise ConfigError(f"--hub-config: a config.json goes with --layout hf, not with {layout}")
+    return None
 
 
 def _existing(path: pathlib.Path) -> pathlib.Path:

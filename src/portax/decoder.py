@@ -28,6 +28,7 @@ class PlainDecoder:
         default_wrapper: What the engine's usual model class wraps its language model in.
         scan_form: How MaxText stacks the layers; None if it never does.
         shared_head_module: Whether vLLM's model shares the embedding *module* with a tied output projection.
+        starts_with_bos: Whether every prompt of this family begins with its `<bos>`; without, it generates nonsense.
         config: The model's configuration.
     """
 
@@ -36,6 +37,7 @@ class PlainDecoder:
     default_wrapper: ClassVar[str] = ""
     scan_form: ClassVar[layers.ScanForm | None] = layers.ScanForm()
     shared_head_module: ClassVar[bool] = True
+    starts_with_bos: ClassVar[bool] = False
     config: ModelConfig
 
     def check_config(self) -> None:

@@ -24,6 +24,10 @@ class SyncError(PortaxError, RuntimeError):
     """A sync that cannot start, or whose result is not what the trainer holds."""
 
 
+class ValidationError(PortaxError, ValueError):
+    """A validation that cannot be run as it was asked for, or an engine that did not take the weights."""
+
+
 class MissingPackageError(PortaxError, ImportError):
     """An integration whose packages are not installed."""
 

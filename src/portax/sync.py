@@ -1,9 +1,6 @@
 """`WeightSync`: plan once, then write a live engine's weights in place, every step."""
 
-import contextlib
 import threading
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,6 +12,7 @@ from portax.execute import Arrays, Conversion, Job, check_arrays, device_order, 
 from portax.fingerprint import fingerprints
 from portax.routes import Bridge, Local, route_between
 from portax.sync_report import PHASES, SyncReport, Torn, Verification, peak_bytes
+from portax.timing import timed
 from portax.traffic import moved_bytes
 
 _NEVER = 0  # the attempt that no leaf was written by
@@ -29,6 +27,7 @@ class WeightSync:
 
     Attributes:
         version: How many syncs have been completed.
+        plan: What every sync writes, and what the engine fills itself.
 
     Example:
         >>> sync = portax.WeightSync(converter, runner.state)
@@ -71,6 +70,7 @@ class WeightSync:
         self._lock = threading.Lock()
         plan = converter.plan(converter.expected_tree() if params is None else params, self._engine.leaves())
         self._engine.own(plan)
+        self.plan = plan
         self._attempt = _NEVER
         self._written_by: dict[str, int | None] = dict.fromkeys((entry.name for entry in plan.entries), _NEVER)
         self._cause = ""
@@ -124,16 +124,16 @@ class WeightSync:
 
     def _sync(self, params: Any) -> SyncReport:
         seconds = dict.fromkeys(PHASES, 0.0)
-        with _timed(seconds, "plan"):
+        with timed(seconds, "plan"):
             conversion = self._checked(params)
-        with _timed(seconds, "compile"):
+        with timed(seconds, "compile"):
             exchanged = self._compile(conversion)
         self._attempt += 1
         try:
             moved = self._write(conversion, seconds)
             verification = None
             if self._verify:
-                with _timed(seconds, "verify"):
+                with timed(seconds, "verify"):
                     verification = self._compared(conversion)
                 self._refuse(verification)
         except BaseException as error:
@@ -196,13 +196,13 @@ class WeightSync:
         moved = 0
         for job in conversion.jobs(self._bucket_bytes):
             names = [entry.name for entry in job.entries]
-            with _timed(seconds, "convert"):
+            with timed(seconds, "convert"):
                 donors = self._take(names) if self._in_place(job) else ()
                 made = jax.block_until_ready(self._make(conversion, job, donors))
             if donors:
                 ready = dict(zip(names, made, strict=True))
             else:
-                with _timed(seconds, "transfer"):
+                with timed(seconds, "transfer"):
                     ready |= jax.block_until_ready(moving)
                     arrived = self._route.carry(made, None if self._atomic else self._take(names), self._shapes(job))
                     sources = [array.sharding for array in made] or [None] * len(names)
@@ -211,7 +211,7 @@ class WeightSync:
             if not self._atomic:
                 self._assign(ready, seconds)
                 ready = {}
-        with _timed(seconds, "transfer"):
+        with timed(seconds, "transfer"):
             ready |= jax.block_until_ready(moving)
         self._assign(ready, seconds)
         return moved
@@ -220,7 +220,7 @@ class WeightSync:
         return conversion.make(job, self._shardings(job), donors) if self._route.sends else ()
 
     def _assign(self, leaves: dict[str, jax.Array], seconds: dict[str, float]) -> None:
-        with _timed(seconds, "assign"):
+        with timed(seconds, "assign"):
             self._engine.assign(leaves)
             self._written_by |= dict.fromkeys(leaves, self._attempt)
 
@@ -258,10 +258,3 @@ class WeightSync:
         source = job.source_sharding
         target = self._shardings(job)[0]
         return not self._atomic and source is not None and device_order(source) == device_order(target)
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[phase] += time.perf_counter() - start

@@ -24,6 +24,7 @@ class Gemma3Converter(BaseConverter):
     default_wrapper = "language_model."
     scan_form: ClassVar[ScanForm | None] = ScanForm("decoder/layers", "layers_")
     shared_head_module = False
+    starts_with_bos = True
 
     @property
     def embedding_affine(self) -> Affine | None:
