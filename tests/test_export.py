@@ -181,7 +181,7 @@ def test_a_full_disk(converter, expected, out):
 
 
 def test_too_little_space_is_found_before_writing(converter, out, monkeypatch):
-    monkeypatch.setattr("portax.exporting.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
+    monkeypatch.setattr("portax.workplace.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(portax.CheckpointError, match=r"1 kB are free, and 76\d kB would be written"):
         portax.export(converter, opened(), out)
     assert not out.exists()

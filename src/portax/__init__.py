@@ -17,6 +17,7 @@ from portax.errors import (
     SyncError,
 )
 from portax.exporting import Export, export
+from portax.importing import Import, import_checkpoint
 from portax.layers import Layer, ScanForm
 from portax.leaves import Leaves
 from portax.models import (
@@ -48,6 +49,7 @@ __all__ = [
     "Gemma4Converter",
     "Gemma4SmallConverter",
     "GoldenError",
+    "Import",
     "Layer",
     "LayoutError",
     "Leaves",
@@ -70,6 +72,7 @@ __all__ = [
     "blocks",
     "converter_for",
     "export",
+    "import_checkpoint",
     "kernels",
     "layouts",
     "open_checkpoint",

@@ -5,11 +5,13 @@ import fcntl
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from portax.disk import PART, is_full, sync_folder, write_text
 from portax.errors import CheckpointError
+from portax.tables import size
 
 _MANIFEST = "portax-export.json"
 _LOCK = "portax-export.lock"
@@ -27,6 +29,12 @@ def refuse_existing(folder: pathlib.Path) -> None:
         raise CheckpointError(f"{folder}: exists; nothing was written")
 
 
+def check_space(folder: pathlib.Path, need: int) -> None:
+    """Raises a `CheckpointError` unless so many bytes can be written into a folder."""
+    if need > (free := shutil.disk_usage(folder).free):
+        raise CheckpointError(f"{folder.parent}: {size(free)} are free, and {size(need)} would be written")
+
+
 @contextlib.contextmanager
 def workplace(folder: pathlib.Path, manifest: Mapping[str, Any] | None) -> Iterator[pathlib.Path]:
     """A folder that gets its name when the block ends without an error.
@@ -35,7 +43,8 @@ def workplace(folder: pathlib.Path, manifest: Mapping[str, Any] | None) -> Itera
 
     Args:
         folder: The name that it gets.
-        manifest: What must be the same for an export to go on where another one stopped; None if that is not known.
+        manifest: What must be the same for an export to go on where another one stopped; None if none can go on: what
+            it wrote is then removed if it fails.
 
     Yields:
         The unfinished folder.
@@ -54,7 +63,12 @@ def workplace(folder: pathlib.Path, manifest: Mapping[str, Any] | None) -> Itera
             except BlockingIOError as error:
                 raise CheckpointError(f"{unfinished}: another export is writing there") from error
             _clean(unfinished, None if manifest is None else json.dumps(manifest, indent=1))
-            yield unfinished
+            try:
+                yield unfinished
+            except BaseException:
+                if manifest is None:
+                    shutil.rmtree(unfinished)
+                raise
             (unfinished / _MANIFEST).unlink(missing_ok=True)
             (unfinished / _LOCK).unlink()
             refuse_existing(folder)
@@ -68,7 +82,7 @@ def _clean(folder: pathlib.Path, manifest: str | None) -> None:
     same = manifest is not None and known.exists() and known.read_text() == manifest
     for path in folder.iterdir():
         if path.name != _LOCK and not (same and path.suffix != PART):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if manifest is not None and not same:
         write_text(known, manifest)
 
