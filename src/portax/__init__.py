@@ -5,6 +5,7 @@ from portax.arithmetic import Affine
 from portax.base import BaseConverter
 from portax.checkpoint import Checkpoint, open_checkpoint
 from portax.config import ModelConfig
+from portax.derived_config import derive_hub_config
 from portax.errors import (
     CheckpointError,
     ConfigError,
@@ -71,6 +72,7 @@ __all__ = [
     "WeightSync",
     "blocks",
     "converter_for",
+    "derive_hub_config",
     "export",
     "import_checkpoint",
     "kernels",

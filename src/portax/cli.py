@@ -1,4 +1,4 @@
-"""The `portax` command: models, inspect, plan, convert, verify, demo, doctor.
+"""The `portax` command: models, inspect, plan, convert, import, verify, demo, doctor.
 
 Exit codes: 0 done and exact; 1 a leaf differs, or the plan has problems; 2 the command, a file, the configuration or
 the layout is not usable, or the disk is full; 130 interrupted.
@@ -22,7 +22,7 @@ from absl.flags import argparse_flags
 from jax.sharding import Mesh
 from rich.console import Console, RenderableType
 
-from portax import arguments, convert_command, demo, doctor, inspection, report
+from portax import arguments, convert_command, demo, doctor, import_command, inspection, report
 from portax.checkpoint import open_checkpoint
 from portax.config import ModelConfig
 from portax.errors import PlanError, PortaxError
@@ -75,6 +75,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments.add_layout(plan)
     text = "Convert a checkpoint and write sharded safetensors; interrupted, the same command goes on."
     convert_command.add(command("convert", _convert, text))
+    text = "Restore a trainer's tree from a checkpoint of the hub and write it as MaxText loads it (Orbax)."
+    import_command.add(command("import", _import, text))
     verify = command("verify", _verify, "Convert a tree and hold every leaf against a golden file, both ways.")
     arguments.add_weights(verify)
     arguments.add_model(verify)
@@ -117,6 +119,14 @@ def _convert(args: argparse.Namespace) -> int:
         return convert_command.run(args, _print)
     except KeyboardInterrupt:
         logging.error("%s", convert_command.interrupted(args))
+        return _INTERRUPTED
+
+
+def _import(args: argparse.Namespace) -> int:
+    try:
+        return import_command.run(args, _print)
+    except KeyboardInterrupt:
+        logging.error("%s", import_command.INTERRUPTED)
         return _INTERRUPTED
 
 

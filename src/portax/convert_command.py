@@ -1,31 +1,27 @@
 """`portax convert`: a checkpoint to an engine's or the hub's tensors on disk."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import pathlib
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from portax import arguments, config_json
 from portax.config import ModelConfig
+from portax.derived_config import derive_hub_config
 from portax.errors import ConfigError
 from portax.exporting import BUCKET_BYTES, SHARD_BYTES, export
 from portax.layouts import HuggingFace
 from portax.models import converter_for
 from portax.plan import Plan
+from portax.progress import progress
+from portax.resources import config_path
 from portax.shards import make_shards
 from portax.tables import size
-from portax.workplace import refuse_existing, unfinished_folder
+from portax.workplace import existing, free_space, refuse_existing, unfinished_folder
 
-_NO_CONFIG = (
-    "no config.json was written: MaxText's config does not tell all that is in one; pass the hub's, --hub-config"
-)
+_NO_CONFIG = "no config.json was written: pass the hub's, --hub-config"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +30,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     arguments.add_model(parser)
     arguments.add_layout(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist")
-    parser.add_argument("--hub-config", metavar="FILE", help="the hub's config.json, to go with --layout hf")
+    parser.add_argument(
+        "--hub-config", metavar="FILE", help="the hub's config.json, to go with --layout hf; default: derived"
+    )
     parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help="most bytes in one file")
     parser.add_argument("--bucket-bytes", type=int, default=BUCKET_BYTES, metavar="N", help="bytes made at a time")
     parser.add_argument(
@@ -53,8 +51,8 @@ def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:
     out = pathlib.Path(args.out)
     refuse_existing(out)
     layout = arguments.layout(args)
-    hub_config = _hub_config(args, layout)
-    params, config = arguments.weights_and_config(args, scratch=pathlib.Path(args.scratch or _existing(out.absolute())))
+    hub_config, reason = _hub_config(args, layout)
+    params, config = arguments.weights_and_config(args, scratch=pathlib.Path(args.scratch or existing(out)))
     converter = converter_for(config, layout=layout, strict_dtype=args.strict_dtype)
     plan = converter.plan(params)
     if hub_config is not None:
@@ -62,7 +60,7 @@ def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:
     if args.dry_run:
         show(plan.to_json() if args.json else f"{plan}\n{_intent(args, out, plan)}")
         return 0
-    with _progress(plan.bytes_out, f"writing {out.name}") as report:
+    with progress(plan.bytes_out, f"writing {out.name}") as report:
         done = export(
             converter,
             params,
@@ -72,7 +70,7 @@ def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:
             bucket_bytes=args.bucket_bytes,
             progress=report,
         )
-    show(json.dumps(dataclasses.asdict(done)) if args.json else _summary(done, hub_config, layout))
+    show(json.dumps(dataclasses.asdict(done)) if args.json else _summary(done, reason))
     return 0
 
 
@@ -83,49 +81,39 @@ def interrupted(args: argparse.Namespace) -> str:
     )
 
 
-def _hub_config(args: argparse.Namespace, layout: Any) -> Mapping[str, Any] | None:
-    given = args.hub_config
-    if given is None and args.config is not None and args.config.endswith(".json"):
-        given = args.config
-    if given is None or not isinstance(layout, HuggingFace):
+def _hub_config(args: argparse.Namespace, layout: Any) -> tuple[Mapping[str, Any] | None, str | None]:
+    """The hub's config, and why there is none."""
+    if not isinstance(layout, HuggingFace):
         if args.hub_config is not None:
             raise ConfigError(f"--hub-config: a config.json goes with --layout hf, not with {layout}")
-        return None
+        return None, None
+    given = args.hub_config or args.config or (config_path(args.model) if args.model else None)
+    if given is None:
+        return None, f"{_NO_CONFIG}, or --model or --config, to derive it from"
     ModelConfig.of(given)  # for its errors
-    content = json.loads(pathlib.Path(given).read_text())
-    if "model_type" not in content and args.hub_config is not None:
+    if str(given).endswith(".json") and "model_type" in (content := json.loads(pathlib.Path(given).read_text())):
+        return content, None
+    if args.hub_config is not None:
         raise ConfigError(f"{given}: has no model_type, so it is no hub config.json")
-    return content if "model_type" in content else None
-
-
-def _existing(path: pathlib.Path) -> pathlib.Path:
-    """The nearest folder above that is there."""
-    return next(parent for parent in path.parents if parent.is_dir())
+    try:
+        return derive_hub_config(given), None
+    except ConfigError as error:
+        return None, f"{_NO_CONFIG}; {error}"
 
 
 def _intent(args: argparse.Namespace, out: pathlib.Path, plan: Plan) -> str:
-    count, free = len(make_shards(plan.entries, args.shard_bytes)), shutil.disk_usage(_existing(out.absolute())).free
+    count, free = len(make_shards(plan.entries, args.shard_bytes)), free_space(out)
     return f"would write   {size(plan.bytes_out)} in {_files(count)} to {out}; {size(free)} are free there"
 
 
-def _summary(done: Any, hub_config: Mapping[str, Any] | None, layout: Any) -> str:
+def _summary(done: Any, reason: str | None) -> str:
     rate = size(round(done.nbytes / done.seconds))
     kept = f", {done.resumed} of them from before" if done.resumed else ""
     lines = [f"{done.tensors} tensors, {size(done.nbytes)} in {_files(done.shards)}{kept}, written to {done.folder}"]
     lines += [f"{done.seconds:.1f} s, {rate}/s"]
-    lines += [_NO_CONFIG] * (hub_config is None and isinstance(layout, HuggingFace))
+    lines += [reason] if reason else []
     return "\n".join(lines)
 
 
 def _files(count: int) -> str:
     return f"{count} file{'s' * (count != 1)}"
-
-
-@contextlib.contextmanager
-def _progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar with the rate and the time that is left; on a terminal alone."""
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda nbytes: progress.advance(task, nbytes)

@@ -9,6 +9,7 @@ from typing import Any
 
 from portax.base import BaseConverter
 from portax.orbax_writer import ITEM, NewArray, Stores, chunk_shape, write_checkpoint
+from portax.restore import Restoration
 from portax.workplace import check_space, refuse_existing, workplace
 
 _ROOT = "params/params/"  # under which MaxText 0.2.5 writes parameters, and looks for them
@@ -73,12 +74,6 @@ def import_checkpoint(
     refuse_existing(folder)
     restoration = converter.restoration(weights, scanned=scanned, dtype=dtype)
     scan_axis = converter.config.param_scan_axis
-    arrays = [
-        NewArray(_ROOT + path, leaf.shape, leaf.dtype, chunk_shape(leaf.shape, leaf.dtype, restoration.scan_axes[path]))
-        for path, leaf in restoration.leaves.items()
-    ]
-    nbytes = sum(array.nbytes for array in arrays)
-
     report = progress or (lambda _: None)
 
     def fill(stores: Stores) -> None:
@@ -87,7 +82,15 @@ def import_checkpoint(
             report(sum(leaf.nbytes for leaf in leaves.values()))
 
     with workplace(folder, None) as unfinished:
-        check_space(unfinished, nbytes)
-        write_checkpoint(unfinished, arrays, fill, {"scan_layers": scanned})
+        check_space(unfinished, restoration.nbytes)
+        write_checkpoint(unfinished, new_arrays(restoration), fill, {"scan_layers": scanned})
     seconds = time.perf_counter() - start
-    return Import(str(folder), str(folder / ITEM), len(restoration.leaves), nbytes, seconds)
+    return Import(str(folder), str(folder / ITEM), len(restoration.leaves), restoration.nbytes, seconds)
+
+
+def new_arrays(restoration: Restoration) -> tuple[NewArray, ...]:
+    """What an import writes: the leaves as MaxText names them, and how they are cut on disk."""
+    return tuple(
+        NewArray(_ROOT + path, leaf.shape, leaf.dtype, chunk_shape(leaf.shape, leaf.dtype, restoration.scan_axes[path]))
+        for path, leaf in restoration.leaves.items()
+    )

@@ -1,11 +1,14 @@
 """Writes an Orbax checkpoint from arrays that are never whole in memory: each is filled part by part, in any order."""
 
+import collections
 import dataclasses
 import errno
+import itertools
 import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -62,12 +65,21 @@ def chunk_shape(
 
 
 class Stores:
-    """Arrays of an unfinished checkpoint, open for writing."""
+    """Arrays of an unfinished checkpoint, open for writing.
+
+    A context manager: nothing is written any more when it ends, however it ends.
+    """
 
     def __init__(self, stores: Mapping[str, Any]):
         """Takes over open tensorstores, by the path of their array."""
         self._stores = stores
-        self._writing: list[Any] = []
+        self._layers: collections.deque[list[Any]] = collections.deque()
+
+    def __enter__(self) -> "Stores":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _settle(itertools.chain.from_iterable(self._layers))
 
     def write(self, parts: Mapping[str, np.ndarray], at: Any) -> None:
         """Writes one layer's parts; returns as soon as those of the layer before are written.
@@ -79,22 +91,34 @@ class Stores:
         Raises:
             OSError: The disk is full, or does not work.
         """
-        writing = [self._stores[path][at].write(part) for path, part in parts.items()]
-        self.wait()
-        self._writing = writing
+        self._layers.append([self._stores[path][at].write(part) for path, part in parts.items()])
+        self.wait(1)
 
-    def wait(self) -> None:
-        """Waits until everything is written.
+    def wait(self, layers: int = 0) -> None:
+        """Waits until everything is written, but for so many layers.
 
         Raises:
             OSError: As `write`.
         """
-        for future in self._writing:
-            try:
-                future.result()
-            except (RuntimeError, ValueError) as error:
-                full = os.strerror(errno.ENOSPC) in str(error)
-                raise OSError(errno.ENOSPC if full else errno.EIO, first_line(error)) from error
+        while len(self._layers) > layers:
+            for future in self._layers[0]:
+                _result(future)
+            self._layers.popleft()
+
+
+def _settle(futures: Iterable[Any]) -> None:
+    """Waits until they have ended, well or not."""
+    for future in futures:
+        future.exception()
+
+
+def _result(future: Any) -> Any:
+    try:
+        return future.result()
+    except (RuntimeError, ValueError) as error:
+        system = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(system[1]) if system else errno.EIO
+        raise OSError(number, os.strerror(number) if system else first_line(error)) from error
 
 
 def write_checkpoint(
@@ -155,10 +179,13 @@ def _handler(ocp: Any, fill: Callable[[Stores], None]) -> Any:
                     dtype=array.dtype,
                     process_index=0,
                 )
-                stores[array.path] = tensorstore.open(spec, create=True, context=info.ts_context)
-            opened = Stores({path: store.result() for path, store in stores.items()})
-            fill(opened)
-            opened.wait()
+                stores[array.path] = tensorstore.open(
+                    {**spec, "dtype": array.dtype.name}, create=True, context=info.ts_context
+                )
+            _settle(stores.values())
+            with Stores({path: _result(store) for path, store in stores.items()}) as opened:
+                fill(opened)
+                opened.wait()
             return []
 
     return Handler()

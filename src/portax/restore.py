@@ -84,6 +84,11 @@ class Restoration:
                 leaves = inverse(layer, mine, self._weights, self._types)
                 yield layer, {path: leaf.astype(self.leaves[path].dtype, copy=False) for path, leaf in leaves.items()}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values())
+
     def tree(self) -> Tree:
         """All leaves, in memory."""
         tree = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in self.leaves.items()}

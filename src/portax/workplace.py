@@ -29,6 +29,16 @@ def refuse_existing(folder: pathlib.Path) -> None:
         raise CheckpointError(f"{folder}: exists; nothing was written")
 
 
+def free_space(path: pathlib.Path) -> int:
+    """Bytes that are free where this path is, or would be."""
+    return shutil.disk_usage(existing(path)).free
+
+
+def existing(path: pathlib.Path) -> pathlib.Path:
+    """The nearest folder above that is there."""
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
 def check_space(folder: pathlib.Path, need: int) -> None:
     """Raises a `CheckpointError` unless so many bytes can be written into a folder."""
     if need > (free := shutil.disk_usage(folder).free):
@@ -67,14 +77,14 @@ def workplace(folder: pathlib.Path, manifest: Mapping[str, Any] | None) -> Itera
                 yield unfinished
             except BaseException:
                 if manifest is None:
-                    shutil.rmtree(unfinished)
+                    shutil.rmtree(unfinished, ignore_errors=True)
                 raise
-            (unfinished / _MANIFEST).unlink(missing_ok=True)
-            (unfinished / _LOCK).unlink()
             refuse_existing(folder)
             sync_folder(unfinished)
             unfinished.rename(folder)
             sync_folder(folder.parent)
+            (folder / _MANIFEST).unlink(missing_ok=True)  # not before: what has no lock was not made by an export
+            (folder / _LOCK).unlink()
 
 
 def _clean(folder: pathlib.Path, manifest: str | None) -> None:
