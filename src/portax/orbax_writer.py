@@ -91,7 +91,10 @@ class Stores:
         Raises:
             OSError: The disk is full, or does not work.
         """
-        self._layers.append([self._stores[path][at].write(part) for path, part in parts.items()])
+        layer: list[Any] = []
+        self._layers.append(layer)
+        for path, part in parts.items():
+            layer.append(self._stores[path][at].write(part))
         self.wait(1)
 
     def wait(self, layers: int = 0) -> None:

@@ -77,7 +77,7 @@ def workplace(folder: pathlib.Path, manifest: Mapping[str, Any] | None) -> Itera
                 yield unfinished
             except BaseException:
                 if manifest is None:
-                    shutil.rmtree(unfinished, ignore_errors=True)
+                    _remove(unfinished)
                 raise
             refuse_existing(folder)
             sync_folder(unfinished)
@@ -85,6 +85,13 @@ def workplace(folder: pathlib.Path, manifest: Mapping[str, Any] | None) -> Itera
             sync_folder(folder.parent)
             (folder / _MANIFEST).unlink(missing_ok=True)  # not before: what has no lock was not made by an export
             (folder / _LOCK).unlink()
+
+
+def _remove(folder: pathlib.Path) -> None:
+    with contextlib.suppress(OSError):  # the error that led here is the one to tell of
+        _clean(folder, None)
+        (folder / _LOCK).unlink()
+        folder.rmdir()
 
 
 def _clean(folder: pathlib.Path, manifest: str | None) -> None:
