@@ -67,29 +67,29 @@ def assert_same(found, expected):
     assert [path for path, leaf in expected.items() if found[path].tobytes() != leaf.tobytes()] == []
 
 
-@pytest.mark.parametrize("name", ["qwen3-0.6b.scan", "gemma4-31b.scan"])
-def test_a_real_checkpoint_comes_back(name, out, tmp_path):
-    folder = exported(CHECKPOINTS / name, tmp_path / "hub")
+def test_a_real_checkpoint_comes_back(converter, hub, out):
+    """As Orbax restores it, which is how MaxText does."""
     seen = []
-    converter = converter_of(CHECKPOINTS / name)
-    done = portax.import_checkpoint(converter, portax.open_checkpoint(folder), out, progress=seen.append)
-    expected = read(CHECKPOINTS / name / "orbax", "base/")
-    assert_same(read(out, "params/params/"), expected)
+    done = portax.import_checkpoint(converter, portax.open_checkpoint(hub), out, progress=seen.append)
+    expected = read(QWEN3 / "orbax", "base/")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        found = ocp.tree.to_flat_dict(checkpointer.restore(out / "items")["params"]["params"], sep="/")
+    assert_same(found, expected)
     assert sum(seen) == done.nbytes == sum(leaf.nbytes for leaf in expected.values())
     assert (done.leaves, done.items) == (len(expected), str(out / "items"))
+    assert json.loads((out / "_CHECKPOINT_METADATA").read_text())["custom_metadata"] == {"scan_layers": True}
     assert [*out.parent.iterdir()] == [out]
 
 
-def test_it_is_as_orbax_and_maxtext_expect_it(converter, hub, out):
-    portax.import_checkpoint(converter, portax.open_checkpoint(hub), out)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        found = ocp.tree.to_flat_dict(checkpointer.restore(out / "items")["params"]["params"], sep="/")
-    assert_same(found, read(QWEN3 / "orbax", "base/"))
-    assert json.loads((out / "_CHECKPOINT_METADATA").read_text())["custom_metadata"] == {"scan_layers": True}
+def test_stacks_of_two_scan_axes_come_back_and_are_cut_into_layers(out, tmp_path):
+    folder = CHECKPOINTS / "gemma4-31b.scan"
+    converter = converter_of(folder)
+    portax.import_checkpoint(converter, portax.open_checkpoint(exported(folder, tmp_path / "hub")), out)
+    assert_same(read(out, "params/params/"), read(folder / "orbax", "base/"))
     checkpoint = portax.open_checkpoint(out)
     assert checkpoint.form == "Orbax, zarr3 in OCDBT"
     for path, leaf in checkpoint.items():
-        depth = (1,) if "/layers/" in path else ()
+        depth = (1, 1) if "/local_layers/" in path else (1,) if "/global_layer/" in path else ()
         assert leaf.chunk == leaf.shape[:1] + depth + leaf.shape[1 + len(depth) :]
 
 
