@@ -65,6 +65,7 @@ def test_what_the_configuration_does_not_say_is_named():
         ("qwen3-8b.scan", {"mlp_activations": ["gelu", "linear"]}, "mlp_activations: .*'gelu'.* has no place"),
         ("llama3.1-8b.scan", {"rope_use_scale": False}, "rope_use_scale: False has no place"),
         ("gemma4-31b.scan", {"v_norm_with_scale": True}, "v_norm_with_scale: True has no place"),
+        ("gemma4-31b.scan", {"local_rope_max_timescale": -1}, "local_rope_max_timescale: -1, which is not set"),
         ("gemma4-31b.scan", {"sliding_window_size": None}, "sliding_window_size: missing"),
     ],
 )

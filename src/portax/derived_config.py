@@ -20,12 +20,14 @@ class _Trainer:
         self._get = reader(source)
 
     def need(self, name: str) -> Any:
-        """A field on which the results depend: it has no default here."""
+        """A number on which the results depend: it has no default here."""
         value = _number(self._get(name))
         if value is None:
             self.problems.append(f"{name}: missing")
         elif isinstance(value, str):
             self.problems.append(f"{name}: {value!r} is no number")
+        elif value < 0:
+            self.problems.append(f"{name}: {value!r}, which is not set")
         return value
 
     def same(self, **fields: Any) -> None:
@@ -41,7 +43,8 @@ class _Trainer:
 
     def plain(self, model_type: str, architecture: str, **rope: Any) -> dict[str, Any]:
         """A decoder with one kind of attention."""
-        self.same(mlp_activations=[_SILU], sliding_window_size=(0,), final_logits_soft_cap=(0,))
+        self.same(mlp_activations=[_SILU], sliding_window_size=(0,))
+        self.same(final_logits_soft_cap=(0,), attn_logits_soft_cap=(0,))
         theta = self.need("rope_max_timescale")
         return {
             "architectures": [architecture],
@@ -131,7 +134,7 @@ def _gemma4(trainer: _Trainer) -> dict[str, Any]:
         },
         "hidden_activation": "gelu_pytorch_tanh",
         "rms_norm_eps": trainer.need("normalization_layer_epsilon"),
-        "final_logit_softcapping": trainer.need("final_logits_soft_cap"),
+        "final_logit_softcapping": trainer.need("final_logits_soft_cap") or None,
         "hidden_size_per_layer_input": 0,
         "num_kv_shared_layers": 0,
         "use_double_wide_mlp": False,
