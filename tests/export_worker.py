@@ -1,6 +1,7 @@
-"""Exports in children that are killed on the way: `python tests/export_worker.py`, one job in JSON on each line.
+"""Exports in children that are killed on the way: `python tests/export_worker.py PROGRAMS`, a job in JSON on each line.
 
-The modules are imported once, and each job gets a fork of that, so that a kill costs no start of an interpreter.
+The modules are imported once, and each job gets a fork of that, so that a kill costs no start of an interpreter. What one
+job compiles is kept for the next in the folder PROGRAMS.
 """
 
 import json
@@ -33,6 +34,9 @@ def export(config, checkpoint, out, die_at):
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     for line in sys.stdin:
         child = os.fork()
         if not child:

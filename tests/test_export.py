@@ -227,11 +227,12 @@ def test_a_checkpoint_that_breaks_off_leaves_nothing_that_looks_whole(converter,
     assert not [*tmp_path.rglob("*index.json")]
 
 
-def test_a_killed_export_never_leaves_what_loads_and_is_not_whole(converter, expected, out):
+def test_a_killed_export_never_leaves_what_loads_and_is_not_whole(converter, expected, out, tmp_path_factory):
     """Killed as it keeps its manifest, its shards, its index, the folder's names, and the name itself."""
     job = {"config": str(QWEN3 / "maxtext_config.json"), "checkpoint": str(QWEN3 / "orbax"), "out": str(out)}
     unfinished = out.with_name(".out.unfinished")
-    command = [sys.executable, pathlib.Path(__file__).with_name("export_worker.py")]
+    script = pathlib.Path(__file__).with_name("export_worker.py")
+    command = [sys.executable, script, tmp_path_factory.mktemp("programs")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
         for die_at, shards, indexed in ((1, 0, False), (3, 1, False), (4, 4, False), (2, 4, True)):
             worker.stdin.write(json.dumps(job | {"die_at": die_at}) + "\n")
