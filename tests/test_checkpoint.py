@@ -285,12 +285,14 @@ def test_broken_metadata_is_named(tmp_path, spoil):
         ("weights.pt", r"weights.pt is a pickle, which can run code .* refused"),
         ("torch", r"pytorch_model.bin is a pickle, which can run code .* refused"),
         ("two", r"holds 2 .safetensors files and no model.safetensors.index.json"),
+        ("one", r"holds one of 2 .safetensors files and no model.safetensors.index.json"),
     ],
 )
 def test_what_is_no_checkpoint(tmp_path, name, message):
-    for folder in ("empty", "3.orbax-checkpoint-tmp-1", "torch", "two"):
+    for folder in ("empty", "3.orbax-checkpoint-tmp-1", "torch", "two", "one"):
         (tmp_path / folder).mkdir()
-    for file in ("file.txt", "weights.pt", "torch/pytorch_model.bin", "two/a.safetensors", "two/b.safetensors"):
+    shards = ("two/a.safetensors", "two/b.safetensors", "one/model-00001-of-00002.safetensors")
+    for file in ("file.txt", "weights.pt", "torch/pytorch_model.bin", *shards):
         (tmp_path / file).write_bytes(b"")
     with pytest.raises(portax.CheckpointError, match=message):
         portax.open_checkpoint(tmp_path / name)

@@ -121,7 +121,18 @@ def test_a_hub_export_without_its_config_says_so(tmp_path, capsys):
     assert main("convert", CHECKPOINT / "orbax", *config, "--dtype", "bfloat16", "--out", tmp_path / "hub") == 0
     out = capsys.readouterr().out
     assert "46 tensors, 378 kB" in out
-    assert "no config.json was written" in out
+    assert "no config.json was written: pass the hub's, --hub-config; no config.json can be derived" in out
+    assert "rope_max_timescale: missing" in out
+
+
+def test_a_hub_export_derives_its_config(tmp_path, capsys):
+    said = {"rope_max_timescale": 1000000, "normalization_layer_epsilon": "1e-6"}
+    (tmp_path / "model.yml").write_text(json.dumps(json.loads((CHECKPOINT / "maxtext_config.json").read_text()) | said))
+    out = ("--layout", "hf", "--out", tmp_path / "hub")
+    assert main("convert", CHECKPOINT / "orbax", "--config", tmp_path / "model.yml", *out) == 0
+    assert "no config.json" not in capsys.readouterr().out
+    hub = json.loads((CHECKPOINT / "hf_config.json").read_text()) | {"rope_theta": 1000000}
+    assert json.loads((tmp_path / "hub" / "config.json").read_text()).items() <= hub.items()
 
 
 def test_an_interrupted_command_goes_on(tmp_path, capsys, caplog, monkeypatch):

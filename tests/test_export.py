@@ -3,7 +3,11 @@
 import errno
 import fcntl
 import json
+import pathlib
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -181,7 +185,7 @@ def test_a_full_disk(converter, expected, out):
 
 
 def test_too_little_space_is_found_before_writing(converter, out, monkeypatch):
-    monkeypatch.setattr("portax.exporting.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
+    monkeypatch.setattr("portax.workplace.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(portax.CheckpointError, match=r"1 kB are free, and 76\d kB would be written"):
         portax.export(converter, opened(), out)
     assert not out.exists()
@@ -221,3 +225,26 @@ def test_a_checkpoint_that_breaks_off_leaves_nothing_that_looks_whole(converter,
         portax.export(converter, opened(tmp_path / "copy"), out, **SHARDS)
     assert not out.exists()
     assert not [*tmp_path.rglob("*index.json")]
+
+
+def test_a_killed_export_never_leaves_what_loads_and_is_not_whole(converter, expected, out, tmp_path_factory):
+    """Killed as it keeps its manifest, its shards, its index, the folder's names, and the name itself."""
+    job = {"config": str(QWEN3 / "maxtext_config.json"), "checkpoint": str(QWEN3 / "orbax"), "out": str(out)}
+    unfinished = out.with_name(".out.unfinished")
+    script = pathlib.Path(__file__).with_name("export_worker.py")
+    command = [sys.executable, script, tmp_path_factory.mktemp("programs")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        for die_at, shards, indexed in ((1, 0, False), (3, 1, False), (4, 4, False), (2, 4, True)):
+            worker.stdin.write(json.dumps(job | {"die_at": die_at}) + "\n")
+            worker.stdin.flush()
+            assert int(worker.stdout.readline()) == -signal.SIGKILL
+            assert not out.exists()
+            assert len([*unfinished.glob("*.safetensors")]) == shards
+            assert (unfinished / "model.safetensors.index.json").exists() == indexed
+            if not indexed:
+                with pytest.raises(portax.CheckpointError):
+                    portax.open_checkpoint(unfinished)
+        worker.stdin.close()
+    assert_same(read(unfinished), expected)
+    assert portax.export(converter, opened(), out, shard_bytes=200_000).resumed == 4
+    assert_same(read(out), expected)

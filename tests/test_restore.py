@@ -95,6 +95,17 @@ def test_tensors_beside_the_language_model_and_a_head_that_repeats_the_embedding
         converter.restore(weights | {"lm_head.weight": table + 1})
 
 
+def test_layers_of_several_dtypes_make_a_stack_that_holds_them_all():
+    converter, weights = weights_of(DENSE)
+    first = "model.layers.0.mlp.down_proj.weight"
+    weights[first] = weights[first].astype(jnp.bfloat16)
+    back, stack = converter.restore(weights)["decoder/layers/mlp/wo/kernel"], bare(filled(DENSE))
+    stack = stack["decoder/layers/mlp/wo/kernel"]
+    assert back.dtype == np.float32
+    np.testing.assert_array_equal(back[:, 1:], stack[:, 1:])
+    np.testing.assert_array_equal(back[:, 0], stack[:, 0].astype(jnp.bfloat16).astype(np.float32))
+
+
 def test_everything_that_is_wrong_is_said_at_once():
     converter, weights = weights_of(DENSE)
     norm, wide, packed = "model.norm.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"

@@ -5,6 +5,7 @@ from portax.arithmetic import Affine
 from portax.base import BaseConverter
 from portax.checkpoint import Checkpoint, open_checkpoint
 from portax.config import ModelConfig
+from portax.derived_config import derive_hub_config
 from portax.diff_report import Diff
 from portax.diffing import diff
 from portax.errors import (
@@ -21,6 +22,7 @@ from portax.errors import (
     ValidationError,
 )
 from portax.exporting import Export, export
+from portax.importing import Import, import_checkpoint
 from portax.layers import Layer, ScanForm
 from portax.leaves import Leaves
 from portax.models import (
@@ -53,6 +55,7 @@ __all__ = [
     "Gemma4Converter",
     "Gemma4SmallConverter",
     "GoldenError",
+    "Import",
     "Layer",
     "LayoutError",
     "Leaves",
@@ -76,8 +79,10 @@ __all__ = [
     "WeightSync",
     "blocks",
     "converter_for",
+    "derive_hub_config",
     "diff",
     "export",
+    "import_checkpoint",
     "kernels",
     "layouts",
     "open_checkpoint",

@@ -12,6 +12,7 @@ from portax.config import ModelConfig
 from portax.errors import ConfigError
 from portax.resources import config_path
 
+DTYPES = ("bfloat16", "float16", "float32")
 _LAYOUTS = {
     "tpu-inference": layouts.TpuInference,
     "canonical": layouts.Canonical,
@@ -30,11 +31,17 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tree", metavar="FILE", help="the same, as an option")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the model's configuration."""
+def add_model(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """Adds the model's configuration.
+
+    Args:
+        parser: Where to add it.
+        default: What counts without one.
+    """
+    end = f" (default: {default})" if default else ""
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", metavar="NAME", help="a model whose configuration is shipped, e.g. qwen3-30b-a3b")
-    which.add_argument("--config", metavar="FILE", help="MaxText model YAML or JSON, or a hub config.json")
+    which.add_argument("--config", metavar="FILE", help=f"MaxText model YAML or JSON, or a hub config.json{end}")
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +52,7 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--moe-backend", choices=("gmm_tp", "gmm_ep", "fused_moe"), default="gmm_tp")
     text = "attention data-parallel size of a tpu-inference with NEW_MODEL_DESIGN=1"
     parser.add_argument("--attention-dp", type=int, metavar="K", help=text)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: the layout's own")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the layout's own")
     parser.add_argument("--strict-dtype", action="store_true", help="make a cast that loses precision an error")
 
 

@@ -17,7 +17,7 @@ from portax.layouts import Layout, TpuInference
 from portax.leaves import Leaves
 from portax.plan import Plan
 from portax.planning import make_plan
-from portax.restore import restore
+from portax.restore import Restoration
 from portax.tracing import hold
 
 Weights: TypeAlias = dict[str, Shaped[Array, "..."]]
@@ -142,9 +142,22 @@ class BaseConverter(PlainDecoder):
             PlanError: A tensor is missing, left over, or of another shape or kind. Names everything at once.
             LayoutError: This layout does not hold every element exactly once, as the hub's does.
         """
+        return self.restoration(weights, scanned=scanned, dtype=dtype).tree()
+
+    def restoration(self, weights: Mapping[str, Any], *, scanned: bool = True, dtype: Any = None) -> Restoration:
+        """A planned way back, to be carried out layer by layer, as `import_checkpoint` does.
+
+        Args:
+            weights: As for `restore`.
+            scanned: As for `restore`.
+            dtype: As for `restore`.
+
+        Raises:
+            PlanError: As `restore`.
+        """
         state = trainer_state.read(self.expected_tree(scanned=scanned))
         sections = self.sections(state)
-        return restore(self, self._plan(state, sections, None, False), sections, weights, dtype)
+        return Restoration(self, self._plan(state, sections, None, False), sections, weights, dtype)
 
     def expected_tree(self, *, scanned: bool = True, dtype: Any = np.float32) -> dict[str, jax.ShapeDtypeStruct]:
         """The trainer's tree that the configuration implies, for planning without one.

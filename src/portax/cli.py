@@ -1,4 +1,4 @@
-"""The `portax` command: models, inspect, plan, convert, diff, validate, verify, demo, doctor.
+"""The `portax` command: models, inspect, plan, convert, import, diff, validate, verify, demo, doctor.
 
 Exit codes: 0 done, and exact or equal; 1 a leaf differs, or the plan has problems; 2 the command, a file, the
 configuration or the layout is not usable, what is to be compared cannot be, or the disk is full; 130 interrupted.
@@ -28,6 +28,7 @@ from portax import (
     demo,
     diff_command,
     doctor,
+    import_command,
     inspection,
     page_file,
     picture,
@@ -87,6 +88,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments.add_page(plan)
     text = "Convert a checkpoint and write sharded safetensors; interrupted, the same command goes on."
     convert_command.add(command("convert", _convert, text))
+    text = "Restore a trainer's tree from a checkpoint of the hub and write it as MaxText loads it (Orbax)."
+    import_command.add(command("import", _import, text))
     diff_command.add(command("diff", _diff, "Show what differs between two checkpoints, leaf by leaf."))
     text = "Convert a checkpoint, load it into an engine, generate greedily: does the converted model talk?"
     validate_command.add(command("validate", _validate, text))
@@ -155,6 +158,14 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _validate(args: argparse.Namespace) -> int:
     return validate_command.run(args, _print)
+
+
+def _import(args: argparse.Namespace) -> int:
+    try:
+        return import_command.run(args, _print)
+    except KeyboardInterrupt:
+        logging.error("%s", import_command.INTERRUPTED)
+        return _INTERRUPTED
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -192,6 +192,27 @@ def _message(problems: list[str]) -> str:
     return "not a usable model configuration:\n" + "\n".join(f"  {problem}" for problem in problems)
 
 
+def reader(source: Any) -> Callable[[str], Any]:
+    """What reads a trainer's configuration by MaxText's keys, also those that a `ModelConfig` has not; None if absent.
+
+    Args:
+        source: A MaxText config object, a mapping, or the path of a YAML or JSON.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    if isinstance(source, str | os.PathLike):
+        source = _load(pathlib.Path(source))
+    if isinstance(source, Mapping):
+        return source.get
+
+    def get(name: str) -> Any:
+        value = _attribute(source, name)
+        return None if value is _ABSENT else getattr(value, "value", value)
+
+    return get
+
+
 def _attribute(source: Any, name: str) -> Any:
     try:
         return getattr(source, name)

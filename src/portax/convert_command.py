@@ -4,11 +4,11 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from portax import arguments, config_json
+from portax.derived_config import derive_hub_config
 from portax.errors import ConfigError
 from portax.exporting import BUCKET_BYTES, SHARD_BYTES, export
 from portax.layouts import HuggingFace
@@ -17,11 +17,9 @@ from portax.plan import Plan
 from portax.progress import progress_bar
 from portax.shards import make_shards
 from portax.tables import size
-from portax.workplace import refuse_existing, unfinished_folder
+from portax.workplace import existing, free_space, refuse_existing, unfinished_folder
 
-_NO_CONFIG = (
-    "no config.json was written: MaxText's config does not tell all that is in one; pass the hub's, --hub-config"
-)
+_NO_CONFIG = "no config.json was written: pass the hub's, --hub-config"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +28,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     arguments.add_model(parser)
     arguments.add_layout(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist")
-    parser.add_argument("--hub-config", metavar="FILE", help="the hub's config.json, to go with --layout hf")
+    parser.add_argument(
+        "--hub-config", metavar="FILE", help="the hub's config.json, to go with --layout hf; default: derived"
+    )
     parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help="most bytes in one file")
     parser.add_argument("--bucket-bytes", type=int, default=BUCKET_BYTES, metavar="N", help="bytes made at a time")
     parser.add_argument(
@@ -49,8 +49,8 @@ def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:
     out = pathlib.Path(args.out)
     refuse_existing(out)
     layout = arguments.layout(args)
-    hub_config = _hub_config(args, layout)
-    params, config = arguments.weights_and_config(args, scratch=pathlib.Path(args.scratch or _existing(out.absolute())))
+    hub_config, reason = _hub_config(args, layout)
+    params, config = arguments.weights_and_config(args, scratch=pathlib.Path(args.scratch or existing(out)))
     converter = converter_for(config, layout=layout, strict_dtype=args.strict_dtype)
     plan = converter.plan(params)
     if hub_config is not None:
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:
             bucket_bytes=args.bucket_bytes,
             progress=lambda done: report(done, plan.bytes_out),
         )
-    show(json.dumps(dataclasses.asdict(done)) if args.json else _summary(done, hub_config, layout))
+    show(json.dumps(dataclasses.asdict(done)) if args.json else _summary(done, reason))
     return 0
 
 
@@ -79,30 +79,33 @@ def interrupted(args: argparse.Namespace) -> str:
     )
 
 
-def _hub_config(args: argparse.Namespace, layout: Any) -> Mapping[str, Any] | None:
-    if isinstance(layout, HuggingFace):
-        return config_json.told(args.hub_config, args.config)
-    if args.hub_config is not None:
-        raise ConfigError(f"--hub-config: a config.json goes with --layout hf, not with {layout}")
-    return None
-
-
-def _existing(path: pathlib.Path) -> pathlib.Path:
-    """The nearest folder above that is there."""
-    return next(parent for parent in path.parents if parent.is_dir())
+def _hub_config(args: argparse.Namespace, layout: Any) -> tuple[Mapping[str, Any] | None, str | None]:
+    """The hub's config, and why there is none."""
+    if not isinstance(layout, HuggingFace):
+        if args.hub_config is not None:
+            raise ConfigError(f"--hub-config: a config.json goes with --layout hf, not with {layout}")
+        return None, None
+    if (told := config_json.told(args.hub_config, args.config)) is not None:
+        return told, None
+    if (config := arguments.named_config(args)) is None:
+        return None, f"{_NO_CONFIG}, or --model or --config, to derive it from"
+    try:
+        return derive_hub_config(config), None
+    except ConfigError as error:
+        return None, f"{_NO_CONFIG}; {error}"
 
 
 def _intent(args: argparse.Namespace, out: pathlib.Path, plan: Plan) -> str:
-    count, free = len(make_shards(plan.entries, args.shard_bytes)), shutil.disk_usage(_existing(out.absolute())).free
+    count, free = len(make_shards(plan.entries, args.shard_bytes)), free_space(out)
     return f"would write   {size(plan.bytes_out)} in {_files(count)} to {out}; {size(free)} are free there"
 
 
-def _summary(done: Any, hub_config: Mapping[str, Any] | None, layout: Any) -> str:
+def _summary(done: Any, reason: str | None) -> str:
     rate = size(round(done.nbytes / done.seconds))
     kept = f", {done.resumed} of them from before" if done.resumed else ""
     lines = [f"{done.tensors} tensors, {size(done.nbytes)} in {_files(done.shards)}{kept}, written to {done.folder}"]
     lines += [f"{done.seconds:.1f} s, {rate}/s"]
-    lines += [_NO_CONFIG] * (hub_config is None and isinstance(layout, HuggingFace))
+    lines += [reason] if reason else []
     return "\n".join(lines)
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,13 +17,11 @@ from portax import config_json
 from portax.base import BaseConverter
 from portax.checkpoint import Checkpoint
 from portax.disk import write_text
-from portax.errors import CheckpointError
 from portax.plan import Plan
 from portax.safetensors_files import INDEX
 from portax.shard_writer import ShardWriter
 from portax.shards import Shard, index, make_shards
-from portax.tables import size
-from portax.workplace import refuse_existing, workplace
+from portax.workplace import check_space, refuse_existing, workplace
 
 SHARD_BYTES = 5 * 10**9
 BUCKET_BYTES = 2**28
@@ -96,7 +93,7 @@ def export(
     report = progress or (lambda _: None)
     with workplace(folder, _manifest(converter, params, plan, shards)) as unfinished:
         todo = [shard for shard in shards if not shard.is_whole(unfinished)]
-        _check_space(unfinished, sum(shard.nbytes for shard in todo))
+        check_space(unfinished, sum(shard.nbytes for shard in todo))
         report(sum(shard.tensor_bytes for shard in shards if shard not in todo))
         with ShardWriter(unfinished, todo, report) as writer:
             _stream(converter, params, writer, {name for shard in todo for name in shard.offsets}, bucket_bytes)
@@ -122,11 +119,6 @@ def _manifest(converter: BaseConverter, params: Any, plan: Plan, shards: tuple[S
         "plan": hashlib.sha256(plan.to_json().encode()).hexdigest(),
         "shards": {shard.name: shard.nbytes for shard in shards},
     }
-
-
-def _check_space(folder: pathlib.Path, need: int) -> None:
-    if need > (free := shutil.disk_usage(folder).free):
-        raise CheckpointError(f"{folder.parent}: {size(free)} are free, and {size(need)} would be written")
 
 
 def _stream(converter: BaseConverter, params: Any, writer: ShardWriter, names: set[str], bucket_bytes: int) -> None:

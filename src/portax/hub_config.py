@@ -74,6 +74,11 @@ _FAMILIES: dict[str, tuple[dict[str, str], _Fixed]] = {
 }
 
 
+def hub_keys(model_type: str) -> Mapping[str, str]:
+    """What the hub calls the sizes of a `ModelConfig`."""
+    return _FAMILIES[model_type][0]
+
+
 def fields(source: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The fields of a `ModelConfig`, and what is wrong with the hub's.
 

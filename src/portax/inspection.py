@@ -116,7 +116,7 @@ def report(found: Mapping[str, Any]) -> RenderableType:
     }
     text = [f"{name:<12}{value}" for name, value in lines.items()]
     text += [line for match in found["families"] for line in _family_lines(match)]
-    return Group(_tree_table(found["tree"]), *text, "", _layouts_table(found["layouts"]))
+    return Group(tree_table(found["tree"]), *text, "", _layouts_table(found["layouts"]))
 
 
 def _family_lines(match: Mapping[str, Any]) -> Iterator[str]:
@@ -133,7 +133,12 @@ def _family_lines(match: Mapping[str, Any]) -> Iterator[str]:
         yield f"{'not told':<12}{', '.join(match['not_told'])}: pass --model or --config for what layouts need"
 
 
-def _tree_table(tree: Mapping[str, Mapping[str, Any]]) -> RenderableType:
+def tree_table(tree: Mapping[str, Mapping[str, Any]]) -> RenderableType:
+    """The leaves of a checkpoint, families folded.
+
+    Args:
+        tree: `shape`, `dtype`, `chunk` and `bytes` of each leaf by its path.
+    """
     table = new_table("leaf family", ("count", "right"), "shape", "dtype", "chunk", ("bytes", "right"))
     groups: dict[Any, list[str]] = {}
     for path, leaf in tree.items():

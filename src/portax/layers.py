@@ -38,6 +38,14 @@ class Layer:
         """Full path of one leaf, below the root."""
         return f"{self.container}/{leaf}" if self.container else leaf
 
+    def place(self, scan_axis: int) -> Any:
+        """Where in its leaves this layer is, as an index: all of them, or a slice of a stack.
+
+        Args:
+            scan_axis: First scan axis of stacked leaves.
+        """
+        return (slice(None),) * scan_axis + self.position if self.scan else ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:

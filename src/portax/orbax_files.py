@@ -52,7 +52,7 @@ class StoredArray(LazyArray):
             if not any(self.chunk[axis] > 1 for axis in axes):
                 part = self._store[at]
                 found = empty(part.shape, self.dtype)
-                _import("tensorstore").array(found).write(part).result()
+                import_orbax("tensorstore").array(found).write(part).result()
                 return found
             part = tuple(where for where in at if isinstance(where, slice))
             return self._layers(axes).read(tuple(at[axis] for axis in axes), part)
@@ -60,13 +60,13 @@ class StoredArray(LazyArray):
             raise
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"{self.name}: cannot be read ({_first_line(error)}). Likely cause: the checkpoint was not written or "
+                f"{self.name}: cannot be read ({first_line(error)}). Likely cause: the checkpoint was not written or "
                 "copied to its end, or a file of it is gone or cut short"
             ) from error
 
     @functools.cached_property
     def _store(self) -> Any:
-        store = _import("tensorstore").open(self._spec, open=True, read=True, context=self._context).result()
+        store = import_orbax("tensorstore").open(self._spec, open=True, read=True, context=self._context).result()
         if (store.shape, store.dtype.numpy_dtype) != (self.shape, self.dtype):
             raise ValueError(f"{store.dtype.numpy_dtype}{list(store.shape)} is stored, not {self.dtype}{self.shape}")
         return store
@@ -97,8 +97,8 @@ class OrbaxFiles:
         Raises:
             CheckpointError: There is no complete checkpoint there, or Orbax is not installed.
         """
-        ocp = _import("orbax.checkpoint")
-        folder = _tree_folder(_import("etils.epath").Path(path))
+        ocp = import_orbax("orbax.checkpoint")
+        folder = _tree_folder(import_orbax("etils.epath").Path(path))
         self.path = str(folder)
         try:
             metadata = ocp.PyTreeCheckpointHandler().metadata(folder)
@@ -106,7 +106,7 @@ class OrbaxFiles:
             entries = ocp.tree.to_flat_dict(metadata.tree, sep="/")
         except Exception as error:  # whatever broken files make of it
             raise CheckpointError(
-                f"{folder}: Orbax cannot read its metadata ({_first_line(error)}). Likely cause: the checkpoint was "
+                f"{folder}: Orbax cannot read its metadata ({first_line(error)}). Likely cause: the checkpoint was "
                 "not written or copied to its end"
             ) from error
         zarr3 = bool(metadata.use_zarr3)
@@ -126,12 +126,17 @@ class OrbaxFiles:
         self.leaves = {name: leaf(name, entry) for name, entry in entries.items()}
 
 
-def _import(module: str) -> types.ModuleType:
+def import_orbax(module: str) -> types.ModuleType:
+    """Imports Orbax, or what comes with it.
+
+    Raises:
+        CheckpointError: It is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise CheckpointError(
-            f"reading an Orbax checkpoint needs {module}, which is not installed: pip install 'portax[orbax]'"
+            f"an Orbax checkpoint needs {module}, which is not installed: pip install 'portax[orbax]'"
         ) from error
 
 
@@ -170,5 +175,6 @@ def _identifying(folder: Any) -> Iterator[Any]:
         yield place / "_CHECKPOINT_METADATA"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, without the traces that tensorstore adds."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,7 +1,7 @@
 """The way back: a trainer's tree from the tensors that a converter makes of it."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -34,36 +34,68 @@ class _Inputs(Leaves):
         return self._arrays[path]
 
 
-def restore(hooks: Hooks, plan: Plan, sections: Iterable[Section], weights: Mapping[str, Any], dtype: Any) -> Tree:
-    """Fills a trainer's tree.
+class Restoration:
+    """A planned way back, to be carried out layer by layer.
 
     Nothing is written a second time: the hooks and the layout only move elements, which is linear, so the transpose of
     what they do is its inverse. Values that the hooks scale or shift are computed back, see `Affine.inverse`.
 
-    Args:
-        hooks: The converter.
-        plan: A plan of these sections.
-        sections: The trainer's tree, as shapes.
-        weights: The tensors, by the names of the plan; read one layer at a time.
-        dtype: Dtype of the leaves; None for that of the tensors.
-
-    Returns:
-        The leaves by path.
-
-    Raises:
-        PlanError: A tensor is missing, left over, or of another shape.
-        LayoutError: The layout holds elements more than once, or not at all.
+    Attributes:
+        leaves: Shape and dtype of every leaf of the trainer's tree, by path. A stack has the dtype that holds the
+            values of all its layers.
+        scan_axes: The axes of each leaf that count layers.
     """
-    _check(hooks, plan, weights)
-    tree: Tree = {}
-    entries = iter(plan.entries)
-    for section, count in zip(sections, plan.tensors_per_layer, strict=True):
-        inverse = _Inverse(hooks, section)
-        for layer in section.layers:
-            mine = tuple(itertools.islice(entries, count))
-            for path, leaf in inverse(layer, mine, weights).items():
-                _put(tree, hooks.config.param_scan_axis, layer, path, leaf if dtype is None else leaf.astype(dtype))
-    return tree
+
+    def __init__(self, hooks: Hooks, plan: Plan, sections: Sequence[Section], weights: Mapping[str, Any], dtype: Any):
+        """Checks the tensors; reads none, unless there are more than the plan has.
+
+        Args:
+            hooks: The converter.
+            plan: A plan of these sections.
+            sections: The trainer's tree, as shapes.
+            weights: The tensors, by the names of the plan; read one layer at a time.
+            dtype: Dtype of the leaves; None for that of the tensors.
+
+        Raises:
+            PlanError: A tensor is missing, left over, or of another shape.
+        """
+        _check(hooks, plan, weights)
+        self._hooks, self._plan, self._sections, self._weights = hooks, plan, sections, weights
+        self._types = _types(plan.entries, weights)
+        self.leaves: dict[str, jax.ShapeDtypeStruct] = {}
+        self.scan_axes: dict[str, tuple[int, ...]] = {}
+        first = hooks.config.param_scan_axis
+        for layer in itertools.chain.from_iterable(section.layers for section in sections):
+            for path, leaf in ((layer.path(path), leaf) for path, leaf in layer.leaves.items()):
+                self.leaves[path] = jax.ShapeDtypeStruct(leaf.shape, self._types[path] if dtype is None else dtype)
+                self.scan_axes[path] = tuple(range(first, first + len(layer.scan)))
+
+    def __iter__(self) -> Iterator[tuple[Layer, Tree]]:
+        """Each layer, and its own part of its leaves, by full path.
+
+        Raises:
+            LayoutError: The layout holds elements more than once, or not at all; before the first layer.
+        """
+        inverses = [_Inverse(self._hooks, section) for section in self._sections]
+        entries = iter(self._plan.entries)
+        for inverse, section, count in zip(inverses, self._sections, self._plan.tensors_per_layer, strict=True):
+            for layer in section.layers:
+                mine = tuple(itertools.islice(entries, count))
+                leaves = inverse(layer, mine, self._weights, self._types)
+                yield layer, {path: leaf.astype(self.leaves[path].dtype, copy=False) for path, leaf in leaves.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values())
+
+    def tree(self) -> Tree:
+        """All leaves, in memory."""
+        tree = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in self.leaves.items()}
+        for layer, leaves in self:
+            for path, leaf in leaves.items():
+                tree[path][layer.place(self._hooks.config.param_scan_axis)] = leaf
+        return tree
 
 
 class _Inverse:
@@ -90,18 +122,18 @@ class _Inverse:
         self._shapes = jax.eval_shape(forward, shapes)
         self._check_once(section)
 
-    def __call__(self, layer: Layer, entries: tuple[Entry, ...], weights: Mapping[str, Any]) -> Tree:
-        entries = tuple(itertools.compress(entries, self._own))
-        types = _types(entries, weights)
+    def __call__(
+        self, layer: Layer, entries: tuple[Entry, ...], weights: Mapping[str, Any], types: Mapping[str, Any]
+    ) -> Tree:
         bits = []
-        for entry in entries:
+        for entry in itertools.compress(entries, self._own):
             tensor = np.asarray(weights[entry.name][...]).astype(types[entry.name], copy=False)
             bits.append(tensor.view(_BITS[tensor.dtype.itemsize]).astype(np.uint32))
         leaves = {}
         for path, leaf in self._backward(bits).items():
             dtype = types[layer.path(path)]
             leaf = np.asarray(leaf).astype(_BITS[dtype.itemsize]).view(dtype)
-            leaves[path] = self._affines[path].inverse(leaf) if path in self._affines else leaf
+            leaves[layer.path(path)] = self._affines[path].inverse(leaf) if path in self._affines else leaf
         return leaves
 
     def _check_once(self, section: Section) -> None:
@@ -127,16 +159,6 @@ def _types(entries: Iterable[Entry], weights: Mapping[str, Any]) -> dict[str, An
             changed |= types.get(source) != wide or types[name] != wide
             types[name] = types[source] = wide
     return types
-
-
-def _put(tree: Tree, axis: int, layer: Layer, path: str, leaf: Shaped[np.ndarray, "..."]) -> None:
-    full = layer.path(path)
-    if not layer.scan:
-        tree[full] = leaf
-        return
-    if full not in tree:
-        tree[full] = np.empty((*leaf.shape[:axis], *layer.scan, *leaf.shape[axis:]), leaf.dtype)
-    tree[full][(slice(None),) * axis + layer.position] = leaf
 
 
 def _check(hooks: Hooks, plan: Plan, weights: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from portax.errors import CheckpointError
 from portax.lazy import LazyArray
 
 INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"-of-(\d+)\.safetensors$")
 CODES = {
     np.dtype(dtype): code
     for dtype, code in (
@@ -115,9 +117,11 @@ def _files(path: pathlib.Path) -> Mapping[pathlib.Path, Collection[str] | None]:
         return {path: None}
     if not (path / INDEX).exists():
         single = sorted(path.glob("*.safetensors"))
-        if len(single) == 1:
+        of = _SHARD.search(single[0].name) if len(single) == 1 else None
+        if len(single) == 1 and (of is None or int(of[1]) == 1):
             return {single[0]: None}
-        raise CheckpointError(f"{path}: holds {len(single)} .safetensors files and no {INDEX}, which lists them")
+        found = f"{len(single)} .safetensors files" if of is None else f"one of {int(of[1])} .safetensors files"
+        raise CheckpointError(f"{path}: holds {found} and no {INDEX}, which lists them")
     files: dict[pathlib.Path, set[str]] = {}
     for name, file in _weight_map(path / INDEX).items():
         if pathlib.PurePath(file).name != file or "\\" in file or not file.endswith(".safetensors"):

@@ -5,11 +5,13 @@ import fcntl
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from portax.disk import PART, is_full, sync_folder, write_text
 from portax.errors import CheckpointError
+from portax.tables import size
 
 _MANIFEST = "portax-export.json"
 _LOCK = "portax-export.lock"
@@ -27,6 +29,22 @@ def refuse_existing(folder: pathlib.Path) -> None:
         raise CheckpointError(f"{folder}: exists; nothing was written")
 
 
+def free_space(path: pathlib.Path) -> int:
+    """Bytes that are free where this path is, or would be."""
+    return shutil.disk_usage(existing(path)).free
+
+
+def existing(path: pathlib.Path) -> pathlib.Path:
+    """The nearest folder above that is there."""
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def check_space(folder: pathlib.Path, need: int) -> None:
+    """Raises a `CheckpointError` unless so many bytes can be written into a folder."""
+    if need > (free := shutil.disk_usage(folder).free):
+        raise CheckpointError(f"{folder.parent}: {size(free)} are free, and {size(need)} would be written")
+
+
 @contextlib.contextmanager
 def workplace(folder: pathlib.Path, manifest: Mapping[str, Any] | None) -> Iterator[pathlib.Path]:
     """A folder that gets its name when the block ends without an error.
@@ -35,7 +53,8 @@ def workplace(folder: pathlib.Path, manifest: Mapping[str, Any] | None) -> Itera
 
     Args:
         folder: The name that it gets.
-        manifest: What must be the same for an export to go on where another one stopped; None if that is not known.
+        manifest: What must be the same for an export to go on where another one stopped; None if none can go on: what
+            it wrote is then removed if it fails.
 
     Yields:
         The unfinished folder.
@@ -54,13 +73,25 @@ def workplace(folder: pathlib.Path, manifest: Mapping[str, Any] | None) -> Itera
             except BlockingIOError as error:
                 raise CheckpointError(f"{unfinished}: another export is writing there") from error
             _clean(unfinished, None if manifest is None else json.dumps(manifest, indent=1))
-            yield unfinished
-            (unfinished / _MANIFEST).unlink(missing_ok=True)
-            (unfinished / _LOCK).unlink()
+            try:
+                yield unfinished
+            except BaseException:
+                if manifest is None:
+                    _remove(unfinished)
+                raise
             refuse_existing(folder)
             sync_folder(unfinished)
             unfinished.rename(folder)
             sync_folder(folder.parent)
+            (folder / _MANIFEST).unlink(missing_ok=True)  # not before: what has no lock was not made by an export
+            (folder / _LOCK).unlink()
+
+
+def _remove(folder: pathlib.Path) -> None:
+    with contextlib.suppress(OSError):  # the error that led here is the one to tell of
+        _clean(folder, None)
+        (folder / _LOCK).unlink()
+        folder.rmdir()
 
 
 def _clean(folder: pathlib.Path, manifest: str | None) -> None:
@@ -68,7 +99,7 @@ def _clean(folder: pathlib.Path, manifest: str | None) -> None:
     same = manifest is not None and known.exists() and known.read_text() == manifest
     for path in folder.iterdir():
         if path.name != _LOCK and not (same and path.suffix != PART):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if manifest is not None and not same:
         write_text(known, manifest)
 

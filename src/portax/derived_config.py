@@ -1,0 +1,192 @@
+"""A hub `config.json` from the trainer's configuration, where that says all that a model's results depend on."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from portax.config import ModelConfig, reader
+from portax.errors import ConfigError
+from portax.hub_config import hub_keys
+
+_SILU, _GELU = ["silu", "linear"], ["gelu", "linear"]
+_UNSCALED = {"rope_type": ("default", ""), "rope_linear_scaling_factor": (1,), "partial_rotary_factor": (1,)}
+
+
+class _Trainer:
+    """What the trainer's configuration says; what it does not is noted."""
+
+    def __init__(self, source: Any):
+        self.config = ModelConfig.of(source)
+        self.problems: list[str] = []
+        self._get = reader(source)
+
+    def need(self, name: str) -> Any:
+        """A number on which the results depend: it has no default here."""
+        value = _number(self._get(name))
+        if value is None:
+            self.problems.append(f"{name}: missing")
+        elif isinstance(value, str):
+            self.problems.append(f"{name}: {value!r} is no number")
+        elif value < 0:
+            self.problems.append(f"{name}: {value!r}, which is not set")
+        return value
+
+    def same(self, **fields: Any) -> None:
+        """Notes fields that are none of the values which the family's class on the hub stands for."""
+        for name, values in fields.items():
+            value = _number(self._get(name))
+            if value is not None and value not in values:
+                self.problems.append(f"{name}: {value!r} has no place in a hub config of this family")
+
+    def sizes(self, model_type: str) -> dict[str, Any]:
+        """The fields that the hub has under other names."""
+        return {key: getattr(self.config, name) for name, key in hub_keys(model_type).items()}
+
+    def plain(self, model_type: str, architecture: str, **rope: Any) -> dict[str, Any]:
+        """A decoder with one kind of attention."""
+        self.same(mlp_activations=[_SILU], sliding_window_size=(0,))
+        self.same(final_logits_soft_cap=(0,), attn_logits_soft_cap=(0,))
+        theta = self.need("rope_max_timescale")
+        return {
+            "architectures": [architecture],
+            "model_type": model_type,
+            **self.sizes(model_type),
+            "hidden_act": "silu",
+            "rms_norm_eps": self.need("normalization_layer_epsilon"),
+            "rope_theta": theta,
+            "rope_parameters": {"rope_theta": theta, "rope_type": "default", **rope},
+            "tie_word_embeddings": self.config.logits_via_embedding,
+            "use_sliding_window": False,
+        }
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-6` as a string."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _qwen2(trainer: _Trainer) -> dict[str, Any]:
+    trainer.same(**_UNSCALED, attention_bias=(True,))
+    return trainer.plain("qwen2", "Qwen2ForCausalLM")
+
+
+def _qwen3(trainer: _Trainer) -> dict[str, Any]:
+    trainer.same(**_UNSCALED, attention_bias=(False,))
+    return trainer.plain("qwen3", "Qwen3ForCausalLM")
+
+
+def _qwen3_moe(trainer: _Trainer) -> dict[str, Any]:
+    trainer.same(**_UNSCALED, attention_bias=(False,))
+    return trainer.plain("qwen3_moe", "Qwen3MoeForCausalLM") | {
+        "intermediate_size": trainer.config.mlp_dim or trainer.config.moe_mlp_dim,  # of layers that it has none of
+        "num_experts_per_tok": trainer.need("num_experts_per_tok"),
+        "norm_topk_prob": trainer.need("norm_topk_prob"),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _llama(trainer: _Trainer) -> dict[str, Any]:
+    """Its scaled frequencies are constants of MaxText 0.2.5, layers/embeddings.py."""
+    trainer.same(attention_bias=(False,), rope_use_scale=(True,), partial_rotary_factor=(1,), rope_type=("llama3.1",))
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    found = trainer.plain("llama", "LlamaForCausalLM", **scaling)
+    del found["use_sliding_window"]
+    return found | {"rope_scaling": scaling, "max_position_embeddings": 131072, "attention_bias": False}
+
+
+def _gemma4(trainer: _Trainer) -> dict[str, Any]:
+    config = trainer.config
+    trainer.same(
+        mlp_activations=[_GELU], local_rope_proportion=(1,), v_norm_with_scale=(False,), rope_type=("default",)
+    )
+    period = config.inhomogeneous_layer_cycle_interval
+    cycle = ["sliding_attention"] * (5 if period == 1 else period - 1) + ["full_attention"]
+    full = {
+        "rope_type": "proportional",
+        "rope_theta": trainer.need("global_rope_max_timescale"),
+        "partial_rotary_factor": trainer.need("global_rope_proportion"),
+    }
+    experts = {
+        "num_experts": config.num_experts,
+        "moe_intermediate_size": config.moe_mlp_dim,
+        "top_k_experts": trainer.need("num_experts_per_tok") if config.num_experts > 1 else None,
+    }
+    text = {
+        "model_type": "gemma4_text",
+        **trainer.sizes("gemma4_text"),
+        "global_head_dim": config.global_head_dim or config.head_dim,
+        "num_global_key_value_heads": config.global_num_kv_heads or config.num_kv_heads,
+        "attention_k_eq_v": config.share_kv_projections,
+        "layer_types": (cycle * config.num_decoder_layers)[: config.num_decoder_layers],
+        "sliding_window": trainer.need("sliding_window_size"),
+        "rope_parameters": {
+            "full_attention": full,
+            "sliding_attention": {"rope_type": "default", "rope_theta": trainer.need("local_rope_max_timescale")},
+        },
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": trainer.need("normalization_layer_epsilon"),
+        "final_logit_softcapping": trainer.need("final_logits_soft_cap") or None,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "use_double_wide_mlp": False,
+        "enable_moe_block": config.num_experts > 1,
+        **(experts if config.num_experts > 1 else {}),
+        "tie_word_embeddings": config.logits_via_embedding,
+    }
+    return {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "model_type": "gemma4",
+        "text_config": text,
+        "vision_config": None,
+        "audio_config": None,
+        "tie_word_embeddings": config.logits_via_embedding,
+    }
+
+
+_FAMILIES: Mapping[str, Callable[[_Trainer], dict[str, Any]]] = {
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+    "llama2": _llama,
+    "gemma4": _gemma4,
+}
+
+
+def derive_hub_config(source: Any) -> dict[str, Any]:
+    """The hub's `config.json` of a model, from its trainer's configuration.
+
+    Nothing that results depend on is guessed or takes a default: the configuration says it, or the family has no choice
+    there. What is no property of the weights (token ids, the longest context) is left to the defaults of whoever loads.
+
+    Args:
+        source: MaxText's config object, a mapping, or the path of a YAML or JSON, in MaxText's keys.
+
+    Returns:
+        The content of a `config.json`, such as `export` takes as `hub_config`.
+
+    Raises:
+        ConfigError: The configuration does not say enough, or has what the family's class on the hub has not; or it is
+            of a family for which none is derived.
+
+    Example:
+        >>> portax.derive_hub_config("qwen3-8b.yml")["rope_theta"]
+        1000000
+    """
+    trainer = _Trainer(source)
+    block = trainer.config.decoder_block
+    if block not in _FAMILIES:
+        raise ConfigError(f"no config.json is derived for decoder_block={block!r}; only for {', '.join(_FAMILIES)}")
+    found = _FAMILIES[block](trainer)
+    if trainer.problems:
+        lines = "\n".join(f"  {problem}" for problem in trainer.problems)
+        raise ConfigError(f"no config.json can be derived from this configuration:\n{lines}")
+    return found
