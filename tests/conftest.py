@@ -16,7 +16,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CHECKPOINTS = pathlib.Path(__file__).parent / "checkpoints"
-NATIVE_GOLDENS = sorted(GOLDEN.glob("*/tpu-inference-flax-*.json"))  # of tpu-inference's native JAX models
 TREES = sorted(path.parent.name for path in GOLDEN.glob("*/tpu-inference-0.32.0.tp2.json"))
 
 

@@ -7,7 +7,7 @@ from conftest import GOLDEN, TREES, engine_mesh, filled, mesh, sharded, tree
 import portax
 from portax.golden import Golden, compare
 
-ENGINES = [(path.parent.name, path.name) for path in sorted(GOLDEN.glob("*/tpu-inference-*.json"))]
+ENGINES = [(name, path.name) for name in TREES for path in sorted((GOLDEN / name).glob("tpu-inference-0*.json"))]
 
 
 def differences(weights, golden):
@@ -31,7 +31,7 @@ SPREAD = [  # one of each kind: compiling for eight devices takes its time
 
 def reproduces(name, file, params):
     golden = Golden.load(GOLDEN / name / file)
-    on = engine_mesh(golden.layout.tp, getattr(golden.layout, "attention_dp", None))
+    on = engine_mesh(golden.layout.tp, golden.layout.attention_dp)
     converter = portax.converter_for(tree(name).config, layout=golden.layout, mesh=on)
     weights = converter.convert(params)
     assert differences(weights, golden) == []

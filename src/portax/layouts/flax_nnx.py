@@ -28,7 +28,7 @@ class _Model:
         kernel: What it calls the weight of a linear.
         norm: What it calls the weight of a norm.
         embedding: What it calls the token embedding.
-        head: Where its output projection is; None where the engine starts no model that has one of its own.
+        head: Where its output projection is; None where none that is not tied was run.
         tied: Whether a model without one was run.
         pads_heads: Whether it pads head_dim and repeats KV heads; the others' loader refuses what would need that.
         pads_vocab: Whether it pads the vocabulary to a multiple of tp.
@@ -65,8 +65,7 @@ class FlaxNnx(TpuEngine):
     Attributes:
         version: tpu-inference's version, e.g. `0.32` or `0.32.0`.
         tp: Tensor-parallel size.
-        moe_backend: Which kernel runs the experts: `gmm_tp` (the engine's default), `gmm_ep` (expert parallelism), or
-            `fused_moe` (expert parallelism with `USE_MOE_EP_KERNEL=1`).
+        moe_backend: Which kernel runs the experts: `gmm_tp` (the engine's default) or `gmm_ep` (expert parallelism).
         dtype: What the engine stores weights in.
         allow_untested: Whether to use the newest known layout for a version newer than any that was checked.
         architecture: The hub's name of the model class; converters fill it in.
@@ -79,6 +78,8 @@ class FlaxNnx(TpuEngine):
     """
 
     oldest, newest = (0, 32), (0, 32)
+    moe_backends = ("gmm_tp", "gmm_ep")
+
     moe_backend: str = "gmm_tp"
     dtype: Any = jnp.dtype(jnp.bfloat16)
     allow_untested: bool = False
@@ -94,24 +95,28 @@ class FlaxNnx(TpuEngine):
         Raises:
             LayoutError: The engine has no native JAX model of that class, or none that was run.
         """
-        layout = dataclasses.replace(self, architecture=architecture or self.architecture)
-        layout._model  # noqa: B018
-        return layout
+        architecture = architecture or self.architecture
+        self._check_architecture(architecture)
+        return dataclasses.replace(self, architecture=architecture)
 
-    @property
-    def _model(self) -> _Model:
-        if self.architecture in _MODELS:
-            return _MODELS[self.architecture]
-        if self.architecture is None:
+    def _check_architecture(self, architecture: str | None) -> None:
+        if architecture in _MODELS:
+            return
+        if architecture is None:
             raise LayoutError(
                 "the engine's native JAX models differ in how they hold weights: the converter has to name its model "
                 "class (`architecture`), or pass FlaxNnx(..., architecture=...)"
             )
         raise LayoutError(
-            f"{self.architecture} is not among the native JAX models (flax_nnx) that are covered, "
+            f"{architecture} is not among the native JAX models (flax_nnx) that are covered, "
             f"{', '.join(_MODELS)}: tpu-inference runs it on torchax, by itself or with MODEL_IMPL_TYPE=vllm. Use "
             f'TpuInference(version="{self.version}", tp={self.tp})'
         )
+
+    @property
+    def _model(self) -> _Model:
+        self._check_architecture(self.architecture)
+        return _MODELS[self.architecture or ""]
 
     @property
     def mesh_axes(self) -> dict[str, int]:
@@ -129,8 +134,13 @@ class FlaxNnx(TpuEngine):
     def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:
         """As the trainer has it; heads and head_dim stay apart."""
         kernel, cut = block.kernel, {"column": (None, AXIS), "row": (AXIS,), "replicated": ()}[block.parallel]
+        if kernel.ndim == 3 and block.parallel == "column":
+            raise LayoutError(
+                f"{block.name}: a layer without keys and values of its own (Gemma4 E2B and E4B); the engine's native "
+                "JAX model has them in every layer: use MODEL_IMPL_TYPE=vllm and TpuInference"
+            )
         if kernel.ndim == 3:
-            kernel = self._wide(block.name, kernel, axis=1 if block.parallel == "row" else 2)
+            kernel = self._wide(block.name, kernel, axis=1)
         return (Tensor(f"{block.name}.{self._model.kernel}", kernel, self._spec(*cut)),)
 
     def merged_linear(self, block: blocks.MergedLinear) -> tuple[Tensor, ...]:
@@ -214,8 +224,8 @@ class FlaxNnx(TpuEngine):
         """`[embed, vocab]`."""
         if self._model.head is None:
             raise LayoutError(
-                f"tpu-inference {self.version} starts no {self.architecture} whose output projection is not tied to "
-                "its embedding: use MODEL_IMPL_TYPE=vllm and TpuInference"
+                f"a native {self.architecture} whose output projection is not tied to its embedding was not run, or "
+                "does not start (Qwen2.5 at 0.32.0): use MODEL_IMPL_TYPE=vllm and TpuInference"
             )
         kernel = kernels.pad_axis(block.kernel, axis=1, multiple=self._vocab_multiple)
         cut = (None, AXIS) if self._model.pads_heads else ()

@@ -19,7 +19,6 @@ Axes: TypeAlias = str | tuple[str, ...]
 _Engine = TypeVar("_Engine", bound="TpuEngine")
 
 AXIS = "model"
-_MOE_BACKENDS = ("gmm_tp", "gmm_ep", "fused_moe")
 _EXPERT_MULTIPLE = 128
 
 
@@ -32,12 +31,14 @@ class TpuEngine(Layout):
         tp: Tensor-parallel size, as the engine is asked for it.
         oldest: The first release whose layout is known.
         newest: The last one.
+        moe_backends: The kernels for experts whose layout is known.
     """
 
     version: str
     tp: int
     oldest: ClassVar[Release]
     newest: ClassVar[Release]
+    moe_backends: ClassVar[tuple[str, ...]]
 
     @classmethod
     def installed(cls: type[_Engine], *, tp: int, **options: Any) -> _Engine:
@@ -62,8 +63,8 @@ class TpuEngine(Layout):
     def _check(self, *, moe_backend: str, allow_untested: bool) -> None:
         """Raises a `LayoutError` for a version, size or backend that is unknown."""
         must_be_positive("tp", self.tp)
-        if moe_backend not in _MOE_BACKENDS:
-            raise LayoutError(f"moe_backend={moe_backend!r} is unknown; known: {', '.join(_MOE_BACKENDS)}")
+        if moe_backend not in self.moe_backends:
+            raise LayoutError(f"moe_backend={moe_backend!r} is unknown; known: {', '.join(self.moe_backends)}")
         newer = self._release > self.newest
         if self._release < self.oldest or (newer and not allow_untested):
             raise LayoutError(self._out_of_table(newer=newer))

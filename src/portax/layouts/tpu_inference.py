@@ -67,6 +67,8 @@ class TpuInference(TpuEngine):
     """
 
     oldest, newest = (0, 20), (0, 32)
+    moe_backends = ("gmm_tp", "gmm_ep", "fused_moe")
+
     moe_backend: str = "gmm_tp"
     attention_dp: int | None = None
     dtype: Any = jnp.dtype(jnp.bfloat16)
