@@ -133,6 +133,46 @@ def predict(cfg, hf, tp, moe_tp, backend, version):
     return out
 
 
+def predict_flax(cfg, hf, tp, backend):
+    """As predict, of the engine's native JAX models (flax_nnx). Seen on 0.32."""
+    t, arch = cfg.get("text_config", cfg), cfg["architectures"][0]
+    llama, gemma = arch.startswith("Llama"), arch.startswith("Gemma4")
+    lanes = lambda w, axis: pad(w, w.shape[axis] if w.shape[axis] == 64 else up(w.shape[axis], 128), axis)
+    out = {}
+    for name, w in hf.items():
+        module, _, last = name.rpartition(".")
+        leaf = module.rpartition(".")[2]
+        layer = int(m[1]) if (m := re.search(r"layers\.(\d+)\.", name)) else None
+        wide = gemma and layer is not None and t["layer_types"][layer] == "full_attention"
+        dim = t["global_head_dim"] if wide else t["head_dim"]
+        if leaf in ("embed_tokens", "lm_head", "embed_tokens_per_layer"):
+            w = pad(w, up(len(w), tp if arch.startswith("Qwen3") else 1))
+            w = w.T if leaf == "lm_head" else w
+            name = {"model.embed_tokens.weight": "model.embed.embedding", "lm_head.weight": "model.lm_head"}[name] if llama else name
+        elif leaf in ("q_proj", "k_proj", "v_proj"):
+            w = w.reshape(-1, dim, *w.shape[1:])
+            if llama:
+                w = lanes(np.repeat(w, max(1, tp // len(w)), 0), 1)
+            w = np.moveaxis(w, -1, 0) if last == "weight" else w
+        elif leaf == "o_proj":
+            w = w.reshape(len(w), -1, dim).transpose(1, 2, 0)
+            w = lanes(w, 1) if llama else w
+        elif leaf in ("gate_proj", "up_proj") and gemma:
+            if leaf == "up_proj":
+                continue
+            name, w = name.replace("gate_proj", "gate_up_proj"), interleave([w, hf[name.replace("gate_proj", "up_proj")]], tp).T
+        elif last == "gate_up_proj":
+            name, w = f"{module}.kernel_gating_upproj_EDF", w13(*np.split(w, 2, 1), tp, backend)
+        elif last == "down_proj":
+            name, w = f"{module}.kernel_down_proj_EFD", w2(w, backend)
+        elif w.ndim == 2:
+            w = w.T
+        if llama and name.endswith(".weight"):
+            name = f"{module}.{'scale' if w.ndim == 1 else 'kernel'}"
+        out[name] = w
+    return out
+
+
 def compare(leaves, pred):
     bad, good = [], 0
     for k, e in leaves.items():
@@ -184,7 +224,7 @@ if __name__ == "__main__":
     version = tuple(int(x) for x in A.version.split(".")[:2])
     total = wrong = 0
     absent = set()
-    for f in sorted(glob.glob(f"{A.golden}/*/tpu-inference-{A.version}.tp*.json")):
+    for f in sorted(glob.glob(f"{A.golden}/*/tpu-inference-{A.version}.tp*.json") + glob.glob(f"{A.golden}/*/tpu-inference-flax-{A.version}.tp*.json")):
         tag = os.path.basename(os.path.dirname(f))
         if not os.path.exists(f"{A.work}/{tag}/model.safetensors"):
             absent.add(tag)
@@ -192,7 +232,11 @@ if __name__ == "__main__":
         cfg = json.load(open(f"{A.golden}/{tag}/config.json"))
         g = json.load(open(f))
         tp, moe_tp = g["mesh"]["model"], g["mesh"]["model"] * g["mesh"].get("attn_dp", 1)
-        pred = predict(cfg, D.load_safetensors(f"{A.work}/{tag}/model.safetensors"), tp, moe_tp, g["moe_backend"], version)
+        hf = D.load_safetensors(f"{A.work}/{tag}/model.safetensors")
+        if g.get("implementation") == "flax_nnx":
+            pred = predict_flax(cfg, hf, tp, g["moe_backend"])
+        else:
+            pred = predict(cfg, hf, tp, moe_tp, g["moe_backend"], version)
         good, bad = compare(g["leaves"], pred)
         engine = sum(e["owner"] == "engine" for e in g["leaves"].values())
         total, wrong = total + 1, wrong + bool(bad)

@@ -10,6 +10,7 @@ import numpy as np
 # State leaves that no checkpoint tensor of the language model feeds: constants the engine computes itself, and the vision side.
 ENGINE_OWNED = re.compile(r"\.attn\._(k|v|q|prob)_scale$|cos_sin_cache$|\.normalizer$|\.root_size$|\.embed_scale_per_layer$"
                           r"|\.per_layer_input_scale$|\.per_layer_projection_scale$"
+                          r"|^rng\."
                           r"|(^|\.)(vision_tower|visual|embed_vision|multi_modal_projector|audio_tower|embed_audio)\.")
 
 

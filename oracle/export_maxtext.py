@@ -171,14 +171,17 @@ def plain(v):
     return v if isinstance(v, (int, float, str, bool, list, type(None))) else str(v)
 
 
-def one(name, layout, dims, out, work):
+def one(tree, layout, dims, out, work):
+    """A tree named `tree`, of MaxText's model of that name, or of the one that dims names."""
+    name, vision = dims.pop("model", tree), dims.pop("vision", {})
     cfg = make_config(name, layout == "scan", dims)
     shapes = parameter_shapes(cfg)
     params = {p: probe(p, s) for p, (s, _) in shapes.items()}
     hub = hub_config(name, cfg)
+    hub.get("vision_config", {}).update(vision)
     tensors = huggingface_tensors(name, cfg, exporter_config(hub), params)
     assert all(t.dtype == np.float32 for t in tensors.values())
-    tag = f"{name}.{layout}"
+    tag = f"{tree}.{layout}"
     D.write_json(f"{out}/{tag}/source.json", {
         "model_name": name, "scan_layers": layout == "scan", "maxtext_version": importlib.metadata.version("maxtext"),
         "config": {k: plain(getattr(cfg, k)) for k in CONFIG_KEYS if hasattr(cfg, k)},
@@ -212,7 +215,7 @@ if __name__ == "__main__":
                 continue
             t = time.time()
             try:
-                print("ok  ", tag, one(name, layout, dims, A.out, A.work), round(time.time() - t, 1), "s", flush=True)
+                print("ok  ", tag, one(name, layout, dict(dims), A.out, A.work), round(time.time() - t, 1), "s", flush=True)
             except Exception as e:
                 bad += 1
                 print("FAIL", tag, type(e).__name__, str(e)[:300], flush=True)

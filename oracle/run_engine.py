@@ -19,7 +19,8 @@ import numpy as np
 import digest as D
 from probe import probe
 
-Job = namedtuple("Job", "tag tp mode adp", defaults=(0,))     # adp: attention data parallel size; 0: a mesh of two axes
+# adp: attention data parallel size; 0: a mesh of two axes. flax: the engine's own choice of implementation, which must be flax_nnx
+Job = namedtuple("Job", "tag tp mode adp flax", defaults=(0, False))
 PACKAGES = ("vllm-tpu", "tpu-inference", "jax", "torchax", "torch", "transformers")
 # what an engine before 0.23 is asked for: these architectures, scanned trees, untied Qwen3 only, tp 2 and 8
 OLD_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma4ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
@@ -29,11 +30,20 @@ _ADP = ((4, 2, ""), (8, 2, ""), (8, 4, ""))
 ADP = {"qwen3-8b": _ADP, "gemma4-26b": _ADP, "qwen3-30b-a3b": (*_ADP, (4, 1, ""), (4, 4, ""), (4, 2, "ep"), (4, 2, "fused"))}
 ADP |= dict.fromkeys(("qwen3-0.6b", "qwen2.5-7b", "qwen3.5-35b-a3b", "qwen3-next-80b-a3b", "gemma4-e2b"), _ADP[:1])
 
+# what 0.32 is asked for when it may pick the implementation, and picks flax_nnx: (tp, mode)
+FLAX = {"qwen3-8b-nnx.scan": ((1, ""), (2, ""), (4, ""), (8, "")), "qwen3-0.6b-nnx.scan": ((8, ""),), "qwen2.5-1.5b-nnx.scan": ((4, ""),),
+        "llama3.1-8b.scan": ((1, ""), (2, ""), (4, ""), (8, "")), "gemma4-26b-nnx.scan": ((2, ""), (8, ""), (4, "ep")),
+        "gemma4-31b-nnx.scan": ((8, ""),)}
+
 
 def plan(golden, version):
     """Every job for this engine version, read off the checkpoints that are there."""
     for tag in sorted(os.listdir(golden)):
         if not os.path.exists(f"{golden}/{tag}/config.json"):
+            continue
+        if version.startswith("0.32."):
+            yield from (Job(tag, tp, mode, flax=True) for tp, mode in FLAX.get(tag, ()))
+        if tag.rsplit(".", 1)[0].endswith("-nnx"):
             continue
         c = json.load(open(f"{golden}/{tag}/config.json"))
         arch, text = c["architectures"][0], c.get("text_config", c)
@@ -55,11 +65,11 @@ def plan(golden, version):
 
 def output(golden, job):
     suffix = (f".adp{job.adp}" if job.adp else "") + (f".{job.mode}" if job.mode else "")
-    return f"{golden}/{job.tag}/tpu-inference-{VERSION}.tp{job.tp}{suffix}.json"
+    return f"{golden}/{job.tag}/tpu-inference-{'flax-' * job.flax}{VERSION}.tp{job.tp}{suffix}.json"
 
 
 def setup_environment(job):
-    os.environ.update(MODEL_IMPL_TYPE="vllm", USE_MOE_EP_KERNEL="1" if job.mode == "fused" else "0",
+    os.environ.update(MODEL_IMPL_TYPE="auto" if job.flax else "vllm", USE_MOE_EP_KERNEL="1" if job.mode == "fused" else "0",
                       NEW_MODEL_DESIGN="1" if job.adp else "0")
 
 
@@ -149,6 +159,29 @@ def load_state(path, cfg, job):
     return worker.model_runner
 
 
+def named_leaves(state, job):
+    """(name, array) of every leaf; names of an nnx.State are its paths, joined by dots."""
+    if not job.flax:
+        return state.items()
+    from flax import nnx
+    if not isinstance(state, nnx.State):
+        raise SystemExit("MODEL_IMPL_TYPE=auto runs this model on torchax, not on flax_nnx")
+    return [(".".join(map(str, path)), leaf.get_value()) for path, leaf in state.flat_state()]
+
+
+def spec_of(sharding, job):
+    """Under flax_nnx the engine passes its state through a jit, which rewrites specs to others of the same meaning on this mesh, so axes
+    of size 1 and what is replicated at the end are left out."""
+    spec = getattr(sharding, "spec", ())
+    if job.flax:
+        sizes = dict(sharding.mesh.shape) if spec else {}
+        spec = [[a for a in ((p,) if isinstance(p, str) else p or ()) if sizes[a] > 1] for p in spec]
+        spec = [p[0] if len(p) == 1 else p or None for p in spec]
+        while spec and spec[-1] is None:
+            spec.pop()
+    return D.spec_json(spec)
+
+
 def run(job, golden, work, npz):
     import jax
     t = time.time()
@@ -157,12 +190,16 @@ def run(job, golden, work, npz):
     watch_moe_backend(backends)
     path, cfg = checkpoint_dir(work, job.tag)
     runner = load_state(path, cfg, job)
+    if job.flax:
+        from flax import nnx
+        found = [getattr(m, "moe_backend", None) for _, m in nnx.iter_modules(runner.model)]
+        backends |= {b.name for b in found if b is not None}
     leaves, arrays = {}, {}
-    for k, v in runner.state.items():
+    for k, v in named_leaves(runner.state, job):
         if jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key):
             continue
         a = np.asarray(v)
-        leaves[k] = {"shape": list(a.shape), "dtype": str(v.dtype), "spec": D.spec_json(v.sharding.spec), "sha256": D.sha16(a),
+        leaves[k] = {"shape": list(a.shape), "dtype": str(v.dtype), "spec": spec_of(v.sharding, job), "sha256": D.sha16(a),
                      "owner": D.owner(k)}
         arrays[k] = a.view(np.uint16) if a.dtype.name == "bfloat16" else a
     out = output(golden, job)
@@ -171,7 +208,8 @@ def run(job, golden, work, npz):
         np.savez_compressed(f"{npz}/{job.tag}.{os.path.basename(out)[:-5]}.npz", **arrays)
     D.write_json(out, {"versions": {p: importlib.metadata.version(p) for p in PACKAGES},
                        "mesh": {k: int(v) for k, v in runner.mesh.shape.items()},
-                       "moe_backend": "+".join(sorted(backends)) or None, "leaves": leaves})
+                       "moe_backend": "+".join(sorted(backends)) or None, "leaves": leaves,
+                       **({"implementation": "flax_nnx"} if job.flax else {})})
     print("DONE", len(leaves), "leaves", round(time.time() - t, 1), "s", flush=True)
 
 
@@ -199,13 +237,14 @@ if __name__ == "__main__":
     ap.add_argument("--tp", nargs="*", type=int, help="these sizes instead of the plan's, for the tags in --only")
     ap.add_argument("--mode", default="", choices=["", "ep", "fused"], help="with --tp")
     ap.add_argument("--adp", type=int, default=0, help="attention data parallel size, with --tp; what tp is divided by for attention")
+    ap.add_argument("--flax", action="store_true", help="with --tp: the implementation that the engine picks itself (MODEL_IMPL_TYPE=auto)")
     ap.add_argument("--plan", action="store_true", help="print the jobs and stop")
     A = ap.parse_args()
     VERSION = importlib.metadata.version("vllm-tpu")
     A.work = os.path.abspath(A.work)
     chosen = lambda tag: not A.only or {tag, tag.rsplit(".", 1)[0]} & set(A.only)
     if A.tp:
-        jobs = [Job(tag, tp, A.mode, A.adp) for tag in sorted(os.listdir(A.golden)) if chosen(tag) for tp in A.tp]
+        jobs = [Job(tag, tp, A.mode, A.adp, A.flax) for tag in sorted(os.listdir(A.golden)) if chosen(tag) for tp in A.tp]
     else:
         jobs = [j for j in plan(A.golden, VERSION) if chosen(j.tag)]
     todo = [j for j in jobs if not os.path.exists(output(A.golden, j))]

@@ -16,7 +16,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CHECKPOINTS = pathlib.Path(__file__).parent / "checkpoints"
-TREES = sorted(path.name for path in GOLDEN.iterdir())
+TREES = sorted(path.parent.name for path in GOLDEN.glob("*/tpu-inference-0.32.0.tp2.json"))
 
 
 @functools.cache

@@ -24,6 +24,7 @@ def engine(on, *, backends=(), quantization=None):
     model = types.SimpleNamespace(modules=lambda: [types.SimpleNamespace(), *experts])
     config = types.SimpleNamespace(dtype="torch.bfloat16", quantization=quantization)
     return types.SimpleNamespace(
+        state={},
         state_leaves={},
         mesh=on,
         model=types.SimpleNamespace(model=model),

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 import portax
 from portax.golden import Golden, compare
 
-ENGINES = [(name, path.name) for name in TREES for path in sorted((GOLDEN / name).glob("tpu-inference-*.json"))]
+ENGINES = [(name, path.name) for name in TREES for path in sorted((GOLDEN / name).glob("tpu-inference-0*.json"))]
 
 
 def differences(weights, golden):

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from portax import files, layouts, page_file
 from portax.config import ModelConfig
 from portax.errors import ConfigError
+from portax.layouts.tpu_engine import TpuEngine
 from portax.resources import config_path
 
 DTYPES = ("bfloat16", "float16", "float32")
-_LAYOUTS = {
+_LAYOUTS: dict[str, type[layouts.Layout]] = {
     "tpu-inference": layouts.TpuInference,
+    "flax-nnx": layouts.FlaxNnx,
     "canonical": layouts.Canonical,
     "hf": layouts.HuggingFace,
     "huggingface": layouts.HuggingFace,
@@ -48,7 +50,7 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     """Adds the layout."""
     parser.add_argument("--layout", choices=_LAYOUTS, default="tpu-inference", help="how the engine holds weights")
     parser.add_argument("--engine-version", metavar="X.Y", help="version of tpu-inference; default: the installed one")
-    parser.add_argument("--tp", type=int, help="tensor-parallel size; required by tpu-inference")
+    parser.add_argument("--tp", type=int, help="tensor-parallel size; required by tpu-inference and flax-nnx")
     parser.add_argument("--moe-backend", choices=("gmm_tp", "gmm_ep", "fused_moe"), default="gmm_tp")
     text = "attention data-parallel size of a tpu-inference with NEW_MODEL_DESIGN=1"
     parser.add_argument("--attention-dp", type=int, metavar="K", help=text)
@@ -84,23 +86,23 @@ def layout(args: argparse.Namespace) -> layouts.Layout:
     """The layout that was asked for.
 
     Raises:
-        ConfigError: tpu-inference without a tensor-parallel size.
+        ConfigError: An engine without a tensor-parallel size, or an option that is not for it.
         LayoutError: Its version or size is unknown.
     """
-    dtype = {} if args.dtype is None else {"dtype": jnp.dtype(args.dtype)}
-    if args.layout != "tpu-inference":
-        return _LAYOUTS[args.layout](**dtype)
+    options: dict[str, Any] = {} if args.dtype is None else {"dtype": jnp.dtype(args.dtype)}
+    kind = _LAYOUTS[args.layout]
+    if not issubclass(kind, TpuEngine):
+        return kind(**options)
     if args.tp is None:
         raise ConfigError("--tp is required: a tensor-parallel size is never assumed")
-    options: dict[str, Any] = {
-        "tp": args.tp,
-        "moe_backend": args.moe_backend,
-        "attention_dp": args.attention_dp,
-        **dtype,
-    }
+    options |= {"tp": args.tp, "moe_backend": args.moe_backend}
+    if args.attention_dp is not None:
+        if kind is not layouts.TpuInference:
+            raise ConfigError(f"--attention-dp is for --layout tpu-inference, not for --layout {args.layout}")
+        options["attention_dp"] = args.attention_dp
     if args.engine_version is None:
-        return layouts.TpuInference.installed(**options)
-    return layouts.TpuInference(version=args.engine_version, **options)
+        return kind.installed(**options)
+    return kind(version=args.engine_version, **options)
 
 
 def weights_and_config(

@@ -63,8 +63,9 @@ class BaseConverter(PlainDecoder):
         """
         self.config = ModelConfig.of(config)
         self.mesh = mesh
-        self.layout = layout if layout is not None else _rollout_layout(self.config)
         self.wrapper = self.default_wrapper if wrapper is None else wrapper
+        layout = layout if layout is not None else _rollout_layout(self.config)
+        self.layout = layout.serving(self.architecture)
         self.strict_dtype = strict_dtype
         self._plans: dict[Any, Plan] = {}
         self._executor = execute.Executor(self, mesh)

@@ -44,6 +44,11 @@ class PlainDecoder:
         """Raises a `ConfigError` for what this family cannot convert; `required` fields are set."""
 
     @property
+    def architecture(self) -> str | None:
+        """The hub's name of the model class, for engines that hold each class in a way of its own; None if unknown."""
+        return None
+
+    @property
     def embedding_affine(self) -> Affine | None:
         """How the hub's embedding follows from the trainer's; None if they are the same."""
         return None

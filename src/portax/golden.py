@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from portax.errors import GoldenError
-from portax.layouts import HuggingFace, Layout, TpuInference
+from portax.layouts import FlaxNnx, HuggingFace, Layout, TpuInference
 from portax.probe import probe
 
 
@@ -93,15 +93,9 @@ class Golden:
         try:
             if "tensors" in content:
                 return cls(HuggingFace(), {name: _leaf(leaf) for name, leaf in content["tensors"].items()}, ())
-            leaves, attention_dp = content["leaves"], content["mesh"].get("attn_dp")
-            layout = TpuInference(
-                version=content["versions"]["tpu-inference"],
-                tp=content["mesh"]["model"] * (attention_dp or 1),
-                attention_dp=attention_dp,
-                moe_backend=(content["moe_backend"] or "gmm_tp").lower(),
-            )
+            leaves = content["leaves"]
             trainer = {name: _leaf(leaf) for name, leaf in leaves.items() if leaf["owner"] == "trainer"}
-            return cls(layout, trainer, tuple(name for name in leaves if name not in trainer))
+            return cls(_engine_layout(content), trainer, tuple(name for name in leaves if name not in trainer))
         except (AttributeError, KeyError, TypeError) as error:
             raise GoldenError(f"{path}: is not a golden file: {error!r}") from error
 
@@ -150,6 +144,18 @@ def _compare_leaf(name: str, leaf: Any, expected: GoldenLeaf) -> Comparison:
     pairs["sha256"] = (digest(leaf), expected.digest)
     wrong = [f"{what} {got}, not {want}" for what, (got, want) in pairs.items() if got != want]
     return Comparison(name, leaf.nbytes, "; ".join(wrong))
+
+
+def _engine_layout(content: Mapping[str, Any]) -> Layout:
+    attention_dp = content["mesh"].get("attn_dp")
+    options: dict[str, Any] = {
+        "version": content["versions"]["tpu-inference"],
+        "tp": content["mesh"]["model"] * (attention_dp or 1),
+        "moe_backend": (content["moe_backend"] or "gmm_tp").lower(),
+    }
+    if content.get("implementation") == "flax_nnx":
+        return FlaxNnx(**options)
+    return TpuInference(**options, attention_dp=attention_dp)
 
 
 def _leaf(row: Mapping[str, Any]) -> GoldenLeaf:

@@ -30,7 +30,8 @@ def configs() -> list[pathlib.Path]:
 
 def demo_goldens() -> dict[str, pathlib.Path]:
     """The demo's models: folder with `source.json` and engine goldens, by MaxText's name; scanned, if it can be."""
-    trees = sorted(_folder("goldens", "tests/golden").iterdir(), reverse=True)
+    found = _folder("goldens", "tests/golden").glob("*/tpu-inference-0.32.0.tp2.json")
+    trees = sorted((golden.parent for golden in found), reverse=True)
     return {path.name.rpartition(".")[0]: path for path in sorted(trees, key=lambda path: path.suffix == ".scan")}
 
 

@@ -1,6 +1,7 @@
 """A trainer's tree with known values, twice, and what engines generate that load the checkpoints which hold the same.
 
-A case is a model at a tensor-parallel size of 2; `.adp2` at its end is attention data parallelism of 2 beside that.
+A case is a model at a tensor-parallel size of 2; `.adp2` at its end is attention data parallelism of 2 beside that, `.auto`
+the implementation that the engine picks by itself: a native JAX model.
 Folders and tokens are kept in $PORTAX_LIVE_WORK, if that is set, so that several checks share them.
 """
 
@@ -66,8 +67,9 @@ def engine(name, folder, **options):
     import live_engine
 
     attention_dp = int(name.partition(".adp")[2] or 1)
-    split = {"attention_dp": attention_dp} if attention_dp > 1 else {}
-    return live_engine.make(folder, TP * attention_dp, **split, **options)
+    options |= {"attention_dp": attention_dp} if attention_dp > 1 else {}
+    options |= {"implementation": "auto"} if name.endswith(".auto") else {}
+    return live_engine.make(folder, TP * attention_dp, **options)
 
 
 @contextlib.contextmanager
@@ -77,7 +79,7 @@ def made(name):
 
     from portax.golden import Tree
 
-    model = name.partition(".adp")[0]
+    model = name.partition(".adp")[0].removesuffix(".auto")
     tree = Tree.load(GOLDEN / model / "source.json")
     first = {path: np.tanh(leaf) * np.float32(0.25) for path, leaf in tree.fill().items()}
     second = {path: np.flip(leaf).copy() for path, leaf in first.items()}

@@ -11,7 +11,7 @@ import sys
 import cases
 from cases import PROMPT
 
-CASES = ("qwen3-0.6b.scan", "qwen3-30b-a3b.scan", "qwen3-30b-a3b.scan.adp2")
+CASES = ("qwen3-0.6b.scan", "qwen3-30b-a3b.scan", "qwen3-30b-a3b.scan.adp2", "qwen3-0.6b-nnx.scan.auto")
 
 
 def check(name):

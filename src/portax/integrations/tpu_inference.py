@@ -1,19 +1,25 @@
-"""A live vLLM engine on tpu-inference's torchax runner: what it holds, and how to write into it.
+"""A live vLLM engine on tpu-inference: what it holds, on torchax or as a native JAX model, and how to write into it.
 
 Everything is read off the engine; nothing is asked twice. Measured on vllm-tpu and tpu-inference 0.32.0.
 """
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from portax.errors import LayoutError, SyncError
-from portax.layouts import TpuInference
+from portax.layouts import FlaxNnx, TpuInference
+from portax.live import EngineState
 from portax.models import converter_for
 from portax.sync import WeightSync
+
+_EMBEDDINGS = {  # by whether the model is a native JAX one: the token embedding's name, and how to tell of it
+    False: (r"vllm_model\.(.*)model\.embed_tokens\.weight", "vllm_model.*model.embed_tokens.weight"),
+    True: (r"model\.(.*)embed(?:_tokens\.weight|\.embedding)", "model.*embed_tokens.weight"),
+}
 
 
 def model_runner(engine: Any) -> Any:
@@ -36,26 +42,19 @@ def model_runner(engine: Any) -> Any:
     return executor.driver_worker.model_runner
 
 
-def engine_state(engine: Any) -> dict[str, Any]:
-    """The engine's live leaves by name; writing into this mapping is seen by the next step.
+def engine_state(engine: Any) -> Mapping[str, Any]:
+    """The engine's live leaves: a dict by name, or the nested `nnx.State` of a native JAX model.
+
+    The next step sees what is written into a dict; of an `nnx.State`, after the runner's `refresh_state_leaves()`.
 
     Args:
         engine: As for `model_runner`.
-
-    Raises:
-        LayoutError: The engine runs tpu-inference's native JAX model, whose leaves have other names.
     """
-    runner = model_runner(engine)
-    if type(runner.state) is not dict:
-        raise LayoutError(
-            "the engine runs tpu-inference's native JAX model (flax_nnx), whose layout is not covered: start it with "
-            "MODEL_IMPL_TYPE=vllm"
-        )
-    return runner.state
+    return model_runner(engine).state
 
 
-def layout(engine: Any) -> TpuInference:
-    """How the engine holds weights: version, tensor-parallel size, attention data parallelism, MoE backend and dtype.
+def layout(engine: Any) -> TpuInference | FlaxNnx:
+    """How the engine holds weights: implementation, version, parallel sizes, MoE backend and dtype.
 
     Args:
         engine: As for `model_runner`.
@@ -68,14 +67,34 @@ def layout(engine: Any) -> TpuInference:
     if config.quantization is not None:
         raise LayoutError(f"the engine is quantised ({config.quantization}); only unquantised weights are written")
     tp, attention_dp = _parallel_sizes(runner.mesh.shape)
-    modules = runner.model.model.modules()
-    found = [getattr(getattr(module, "quant_method", None), "moe_backend", None) for module in modules]
-    backends = {backend.name.lower() for backend in found if backend is not None}
+    backends = {backend.name.lower() for backend in _moe_backends(runner) if backend is not None}
     if len(backends) > 1:
         raise LayoutError(f"the engine's experts run on several backends: {', '.join(sorted(backends))}")
     dtype = jnp.dtype(str(config.dtype).removeprefix("torch."))
-    moe_backend = next(iter(backends), "gmm_tp")
-    return TpuInference.installed(tp=tp, attention_dp=attention_dp, moe_backend=moe_backend, dtype=dtype)
+    options: dict[str, Any] = {"tp": tp, "moe_backend": next(iter(backends), "gmm_tp"), "dtype": dtype}
+    if not _native(runner):
+        return TpuInference.installed(attention_dp=attention_dp, **options)
+    if attention_dp is not None:
+        raise LayoutError(
+            "the engine runs its native JAX model (flax_nnx) on the mesh of NEW_MODEL_DESIGN=1, which was not run: "
+            "start it without that, or with MODEL_IMPL_TYPE=vllm"
+        )
+    return FlaxNnx.installed(**options)
+
+
+def _native(runner: Any) -> bool:
+    """Whether the model is a native JAX one; torchax has a plain dict."""
+    return type(runner.state) is not dict
+
+
+def _moe_backends(runner: Any) -> Iterable[Any]:
+    """What each module of the model says of its experts' backend; None if it has none."""
+    if not _native(runner):
+        modules = runner.model.model.modules()
+        return [getattr(getattr(module, "quant_method", None), "moe_backend", None) for module in modules]
+    from flax import nnx  # the engine's own dependency, not ours
+
+    return [getattr(module, "moe_backend", None) for _, module in nnx.iter_modules(runner.model)]
 
 
 def _parallel_sizes(mesh: Mapping[str, int]) -> tuple[int, int | None]:
@@ -100,12 +119,11 @@ def wrapper(engine: Any) -> str:
     Raises:
         LayoutError: No leaf is a token embedding.
     """
-    names = [re.fullmatch(r"vllm_model\.(.*)model\.embed_tokens\.weight", name) for name in engine_state(engine)]
+    pattern, told = _EMBEDDINGS[_native(model_runner(engine))]
+    names = [re.fullmatch(pattern, name) for name in EngineState(engine_state(engine)).leaves()]
     found = [match[1] for match in names if match]
     if not found:
-        raise LayoutError(
-            "the engine's state has no leaf vllm_model.*model.embed_tokens.weight: is it a language model?"
-        )
+        raise LayoutError(f"the engine's state has no leaf {told}: is it a language model?")
     return found[0]
 
 

@@ -82,6 +82,17 @@ class Layout(abc.ABC):
             wrapper: What the model class wraps its language model in, e.g. `language_model.`.
         """
 
+    def serving(self, architecture: str | None) -> "Layout":
+        """The layout of one class of models, for an engine that holds them in several ways; by default the same.
+
+        Args:
+            architecture: The hub's name of the class, as in `architectures` of a `config.json`; None if unknown.
+
+        Raises:
+            LayoutError: The engine does not hold models of this class in this way.
+        """
+        return self
+
     def owns(self, name: str) -> bool:
         """Whether the engine fills the leaf of this name itself, so that no trainer ever writes it."""
         return False
@@ -133,7 +144,7 @@ class Layout(abc.ABC):
             case blocks.GroupedLinear():
                 return self.merged_linear(_ungrouped(block))
             case blocks.BareLinear():
-                return (Tensor(f"{block.name}.weight", kernels.transpose(block.kernel)),)
+                return self.bare_linear(block)
             case blocks.DepthwiseConv():
                 return (Tensor(f"{block.name}.weight", kernels.reverse_axes(block.kernel)),)
             case blocks.QKV():
@@ -147,7 +158,15 @@ class Layout(abc.ABC):
             case blocks.TiedLMHead():
                 return self.tied_lm_head(block)
             case blocks.Param():
-                return (Tensor(block.name, block.value),)
+                return self.param(block)
+
+    def bare_linear(self, block: blocks.BareLinear) -> tuple[Tensor, ...]:
+        """Holds a matrix product outside the engine's parallel layers; by default as the hub does, `[out, in]`."""
+        return (Tensor(f"{block.name}.weight", kernels.transpose(block.kernel)),)
+
+    def param(self, block: blocks.Param) -> tuple[Tensor, ...]:
+        """Holds a parameter that is replicated; by default as the hub does."""
+        return (Tensor(block.name, block.value),)
 
     @abc.abstractmethod
     def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:

@@ -7,7 +7,6 @@ layers/vllm/custom_ops/linear.py, layers/vllm/quantization/{configs,unquantized}
 
 import dataclasses
 import functools
-import importlib.metadata
 import re
 from typing import Any, TypeAlias
 
@@ -18,17 +17,13 @@ from jaxtyping import Array, Shaped
 
 from portax import blocks, kernels
 from portax.errors import LayoutError
-from portax.layouts.base import OTHER_MODALITIES, Layout, Tensor, as_matrix, flat_columns, in_decoder
+from portax.layouts.base import OTHER_MODALITIES, Tensor, as_matrix, flat_columns, in_decoder
+from portax.layouts.tpu_engine import AXIS, Axes, TpuEngine, must_be_positive, release_text
 
-_MOE_BACKENDS = ("gmm_tp", "gmm_ep", "fused_moe")
-_AXIS = "model"
 _LINEAR_AXES = ("model", "expert", "dcp")
 _TP_AXES = ("attn_dp", "attn_dp_expert", "expert", "model", "dcp", "pcp")
 _VOCAB_MULTIPLE = 64
-_EXPERT_MULTIPLE = 128
 _FUSED_MULTIPLE = 256
-_OLDEST, _NEWEST = (0, 20), (0, 32)
-
 
 # What moved between versions, and the first version that has it.
 _LINEARS_IN_OUT = (0, 22)  # before: [out, in]
@@ -41,8 +36,7 @@ _RENAMED = (  # version, start of the name since, and before
 _EXPERTS_ROUTED = (0, 23)  # experts.routed_experts.w13_weight; before: experts.w13_weight
 _ATTENTION_DP = (0, 32)  # the first whose attention data parallelism was run
 
-_Axes: TypeAlias = str | tuple[str, ...]
-_Cut: TypeAlias = tuple[_Axes | None, ...]
+_Cut: TypeAlias = tuple[Axes | None, ...]
 _Experts: TypeAlias = tuple[Shaped[Array, "..."], Shaped[Array, "..."], _Cut, _Cut]  # w13, w2 and how each is cut
 
 _ENGINE_OWNED = re.compile(
@@ -53,7 +47,7 @@ _ENGINE_OWNED = re.compile(
 
 
 @dataclasses.dataclass(frozen=True)
-class TpuInference(Layout):
+class TpuInference(TpuEngine):
     """What tpu-inference's torchax runner (`MODEL_IMPL_TYPE=vllm`) holds: one flat dict of `vllm_model.*` leaves.
 
     Attributes:
@@ -74,8 +68,9 @@ class TpuInference(Layout):
         >>> portax.layouts.TpuInference(version="0.32", tp=4)
     """
 
-    version: str
-    tp: int
+    oldest, newest = (0, 20), (0, 32)
+    moe_backends = ("gmm_tp", "gmm_ep", "fused_moe")
+
     moe_backend: str = "gmm_tp"
     attention_dp: int | None = None
     dtype: Any = jnp.dtype(jnp.bfloat16)
@@ -83,18 +78,14 @@ class TpuInference(Layout):
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        _must_be_positive("tp", self.tp)
-        if self.moe_backend not in _MOE_BACKENDS:
-            raise LayoutError(f"moe_backend={self.moe_backend!r} is unknown; known: {', '.join(_MOE_BACKENDS)}")
-        if self._release < _OLDEST or (self._release > _NEWEST and not self.allow_untested):
-            raise LayoutError(_out_of_table(self.version, newer=self._release > _NEWEST))
+        self._check(moe_backend=self.moe_backend, allow_untested=self.allow_untested)
         if self.attention_dp is not None:
             self._check_attention_dp(self.attention_dp)
 
     def _check_attention_dp(self, size: int) -> None:
-        _must_be_positive("attention_dp", size)
+        must_be_positive("attention_dp", size)
         if self._release < _ATTENTION_DP:
-            since = f"tpu-inference {_text(_ATTENTION_DP)}"
+            since = f"tpu-inference {release_text(_ATTENTION_DP)}"
             raise LayoutError(
                 f"attention_dp={size} is covered since {since}, and this is {self.version}; older ones were not run "
                 "with it: upgrade the engine, or start it with NEW_MODEL_DESIGN unset"
@@ -105,39 +96,12 @@ class TpuInference(Layout):
                 "asked for, which it splits into attention_dp times the shards of a linear"
             )
 
-    @classmethod
-    def installed(cls, *, tp: int, **options: Any) -> "TpuInference":
-        """The layout of the tpu-inference that is installed here.
-
-        Args:
-            tp: Tensor-parallel size.
-            **options: Other attributes.
-
-        Raises:
-            LayoutError: tpu-inference is not installed, or its version is not in the table.
-        """
-        try:
-            version = importlib.metadata.version("tpu-inference")
-        except importlib.metadata.PackageNotFoundError:
-            raise LayoutError(
-                "tpu-inference is not installed here, so its version cannot be read; install it, or name the version "
-                f'of the engine: TpuInference(version="{_text(_NEWEST)}", tp={tp})'
-            ) from None
-        return cls(version=version, tp=tp, **options)
-
-    @functools.cached_property
-    def _release(self) -> tuple[int, int]:
-        match = re.match(r"(\d+)\.(\d+)(\.|\D|$)", self.version) if isinstance(self.version, str) else None
-        if match is None:
-            raise LayoutError(f"version={self.version!r} is not a version of tpu-inference, such as {_text(_NEWEST)!r}")
-        return int(match[1]), int(match[2])
-
     @property
     def mesh_axes(self) -> dict[str, int]:
         """`{"model": tp}`; with attention data parallelism every axis of the engine's mesh but `data`."""
         if self.attention_dp is None:
-            return {_AXIS: self.tp}
-        return dict.fromkeys(_TP_AXES, 1) | {"attn_dp": self.attention_dp, _AXIS: self._linear_tp}
+            return {AXIS: self.tp}
+        return dict.fromkeys(_TP_AXES, 1) | {"attn_dp": self.attention_dp, AXIS: self._linear_tp}
 
     @property
     def _linear_tp(self) -> int:
@@ -145,12 +109,12 @@ class TpuInference(Layout):
         return self.tp // (self.attention_dp or 1)
 
     @property
-    def _linear_axes(self) -> _Axes:
-        return _AXIS if self.attention_dp is None else _LINEAR_AXES
+    def _linear_axes(self) -> Axes:
+        return AXIS if self.attention_dp is None else _LINEAR_AXES
 
     @property
-    def _tp_axes(self) -> _Axes:
-        return _AXIS if self.attention_dp is None else _TP_AXES
+    def _tp_axes(self) -> Axes:
+        return AXIS if self.attention_dp is None else _TP_AXES
 
     def path(self, tensor: Tensor, *, layer: int | str | None, wrapper: str) -> str:
         """`vllm_model.`, the wrapper, `model.` and the layer in front of the tensor's name."""
@@ -226,13 +190,11 @@ class TpuInference(Layout):
         )
 
     def _gmm_tp(self, block: blocks.FusedMoE) -> _Experts:
-        if block.gate.shape[2] % self.tp:
-            raise LayoutError(f"{block.name}: MoE width {block.gate.shape[2]} is not divisible by tp={self.tp}")
-        w13 = kernels.fuse_w13(block.gate, block.up, shards=self.tp, multiple=_EXPERT_MULTIPLE)
+        w13 = self._fused_w13(block, shards=self.tp)
         return w13, block.down, (None, None, self._tp_axes), (None, self._tp_axes, None)
 
     def _gmm_ep(self, block: blocks.FusedMoE) -> _Experts:
-        w13 = kernels.fuse_w13(block.gate, block.up, shards=1, multiple=_EXPERT_MULTIPLE)
+        w13 = self._fused_w13(block, shards=1)
         return w13, block.down, (self._tp_axes,), (self._tp_axes,)
 
     def _fused_moe(self, block: blocks.FusedMoE) -> _Experts:
@@ -268,9 +230,6 @@ class TpuInference(Layout):
             kernel, cut = kernels.transpose(kernel), cut[::-1]
         return Tensor(f"{name}.weight", kernel, self._spec(*cut))
 
-    def _spec(self, *axes: _Axes | None) -> PartitionSpec:
-        return PartitionSpec() if self.tp == 1 else PartitionSpec(*axes)
-
     @property
     def _linear_text(self) -> str:
         return f"tp={self.tp}" if self.attention_dp is None else f"tp / attention_dp={self._linear_tp}"
@@ -278,22 +237,3 @@ class TpuInference(Layout):
     def _linear_must_divide(self, what: str, size: int) -> None:
         if size % self._linear_tp:
             raise LayoutError(f"{what} {size} is not divisible by {self._linear_text}")
-
-
-def _must_be_positive(what: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise LayoutError(f"{what}={value!r} is not a positive integer")
-
-
-def _text(release: tuple[int, int]) -> str:
-    return f"{release[0]}.{release[1]}"
-
-
-def _out_of_table(version: str, *, newer: bool) -> str:
-    known = f"tpu-inference {version} is not among the known layouts, {_text(_OLDEST)} to {_text(_NEWEST)}"
-    if not newer:
-        return f"{known}; older engines hold weights in other ways: upgrade the engine"
-    return (
-        f"{known}; it may hold weights differently. Pin the engine (pip install 'tpu-inference=={_text(_NEWEST)}.*'), "
-        "upgrade portax, or pass allow_untested=True to use the newest known layout"
-    )

@@ -27,6 +27,11 @@ class Gemma3Converter(BaseConverter):
     starts_with_bos = True
 
     @property
+    def architecture(self) -> str | None:
+        """As the hub's `config.json` says."""
+        return "Gemma3ForConditionalGeneration"
+
+    @property
     def embedding_affine(self) -> Affine | None:
         """The divisor is rounded to bfloat16 (MaxText 0.2.5, checkpoint_conversion/utils/param_mapping.py)."""
         return Affine(over=float(np.asarray(math.sqrt(self.config.emb_dim)).astype(jnp.bfloat16)))

@@ -25,6 +25,11 @@ class Gemma4Converter(Gemma3Converter):
     scan_form: ClassVar[ScanForm | None] = ScanForm("decoder/scanned_blocks", "nested")
 
     @property
+    def architecture(self) -> str | None:
+        """Of a checkpoint with all modalities, or of one with text alone."""
+        return "Gemma4ForConditionalGeneration" if self.wrapper else "Gemma4ForCausalLM"
+
+    @property
     def embedding_affine(self) -> Affine | None:
         """The divisor is in float32 (MaxText 0.2.5, checkpoint_conversion/utils/param_mapping.py)."""
         return Affine(over=math.sqrt(self.config.emb_dim))

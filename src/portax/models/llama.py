@@ -19,6 +19,11 @@ class LlamaConverter(BaseConverter):
 
     decoder_blocks = ("llama2",)
 
+    @property
+    def architecture(self) -> str | None:
+        """As the hub's `config.json` says."""
+        return "LlamaForCausalLM"
+
     def attention(self, layer: Leaves) -> Blocks:
         """Grouped-query attention, with the hub's scale of queries and its order of rotary pairs."""
         at, kv_axes = "self_attention", "emb_dim num_kv_heads head_dim"

@@ -11,6 +11,11 @@ class Qwen3Converter(BaseConverter):
 
     decoder_blocks = ("qwen3", "qwen3_moe")
 
+    @property
+    def architecture(self) -> str | None:
+        """As the hub's `config.json` says."""
+        return "Qwen3MoeForCausalLM" if self.config.num_experts > 1 else "Qwen3ForCausalLM"
+
     def attention(self, layer: Leaves) -> Blocks:
         """Grouped-query attention with per-head norms on queries and keys."""
         return self.grouped_query_attention(layer, "self_attention", norms=True)

@@ -31,6 +31,11 @@ class Qwen3_5Converter(BaseConverter):  # noqa: N801
     scan_form = ScanForm("decoder/layers", "layer_")
     experts_on_hub: ClassVar[Literal["each", "stacked"]] = "stacked"
 
+    @property
+    def architecture(self) -> str | None:
+        """As the hub's `config.json` says."""
+        return "Qwen3_5MoeForConditionalGeneration"
+
     def layer_cycle(self, found: Sequence[Layer]) -> tuple[Traits, ...]:
         """Linear attention, and full attention in the last layer of a cycle."""
         return (*(_LINEAR,) * (self.config.inhomogeneous_layer_cycle_interval - 1), _FULL)

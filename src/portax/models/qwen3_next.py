@@ -16,6 +16,11 @@ class Qwen3NextConverter(Qwen3_5Converter):
     scan_form = ScanForm("decoder/layers", "nested")
     experts_on_hub = "each"
 
+    @property
+    def architecture(self) -> str | None:
+        """As the hub's `config.json` says."""
+        return "Qwen3NextForCausalLM"
+
     def delta_net_inputs(self, qkvz: Shaped[Array, "in _"], ba: Shaped[Array, "in _"]) -> Blocks:
         """Held as the trainer has them, grouped by key head (which no tensor parallelism changes)."""
         return (

@@ -1,0 +1,249 @@
+"""`FlaxNnx`: the nested `nnx.State` of tpu-inference's native JAX models.
+
+Every rule was read off the running engine (0.32.0, MODEL_IMPL_TYPE=auto). There they stand in
+models/jax/{qwen2,qwen3,llama3,gemma4}.py, models/jax/utils/weight_utils.py and layers/jax/quantization/unquantized.py.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+from portax import blocks, kernels
+from portax.errors import LayoutError
+from portax.layouts.base import OTHER_MODALITIES, Tensor, flat_columns, in_decoder
+from portax.layouts.tpu_engine import AXIS, TpuEngine
+
+_HEAD_MULTIPLE, _HEAD_UNPADDED = 128, 64
+_ENGINE_OWNED = re.compile(rf"^rng\.|\.{OTHER_MODALITIES}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """What sets one of the engine's model classes apart.
+
+    Attributes:
+        kernel: What it calls the weight of a linear.
+        norm: What it calls the weight of a norm.
+        embedding: What it calls the token embedding.
+        head: Where its output projection is; None where none that is not tied was run.
+        tied: Whether a model without one was run.
+        pads_heads: Whether it pads head_dim and repeats KV heads; the others' loader refuses what would need that.
+        pads_vocab: Whether it pads the vocabulary to a multiple of tp.
+        merges_gate_up: Whether gate and up are one matrix.
+        cuts_wide_kv: Whether KV heads that tp does not divide are cut along head_dim.
+    """
+
+    kernel: str = "weight"
+    norm: str = "weight"
+    embedding: str = "embed_tokens.weight"
+    head: str | None = "lm_head.weight"
+    tied: bool = True
+    pads_heads: bool = False
+    pads_vocab: bool = False
+    merges_gate_up: bool = False
+    cuts_wide_kv: bool = False
+
+
+_MODELS = {
+    "Qwen2ForCausalLM": _Model(head=None),
+    "Qwen3ForCausalLM": _Model(pads_vocab=True),
+    "LlamaForCausalLM": _Model("kernel", "scale", "embed.embedding", "model.lm_head", tied=False, pads_heads=True),
+    "Gemma4ForConditionalGeneration": _Model(head=None, merges_gate_up=True, cuts_wide_kv=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FlaxNnx(TpuEngine):
+    """What tpu-inference's native JAX models hold (`MODEL_IMPL_TYPE=auto` or `flax_nnx`): a nested `nnx.State`.
+
+    The engine picks them by itself for dense Qwen3, Qwen2.5, Llama and Gemma4. Names are the paths of the state, joined
+    by dots. Kernels keep their heads: `[in, heads, head_dim]`.
+
+    Attributes:
+        version: tpu-inference's version, e.g. `0.32` or `0.32.0`.
+        tp: Tensor-parallel size.
+        moe_backend: Which kernel runs the experts: `gmm_tp` (the engine's default) or `gmm_ep` (expert parallelism).
+        dtype: What the engine stores weights in.
+        allow_untested: Whether to use the newest known layout for a version newer than any that was checked.
+        architecture: The hub's name of the model class; converters fill it in.
+
+    Raises:
+        LayoutError: The version, tp or backend is unknown.
+
+    Example:
+        >>> portax.layouts.FlaxNnx(version="0.32", tp=4)
+    """
+
+    oldest, newest = (0, 32), (0, 32)
+    moe_backends = ("gmm_tp", "gmm_ep")
+
+    moe_backend: str = "gmm_tp"
+    dtype: Any = jnp.dtype(jnp.bfloat16)
+    allow_untested: bool = False
+    architecture: str | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        self._check(moe_backend=self.moe_backend, allow_untested=self.allow_untested)
+
+    def serving(self, architecture: str | None) -> "FlaxNnx":
+        """The layout of one model class.
+
+        Raises:
+            LayoutError: The engine has no native JAX model of that class, or none that was run.
+        """
+        architecture = architecture or self.architecture
+        self._check_architecture(architecture)
+        return dataclasses.replace(self, architecture=architecture)
+
+    def _check_architecture(self, architecture: str | None) -> None:
+        if architecture in _MODELS:
+            return
+        if architecture is None:
+            raise LayoutError(
+                "the engine's native JAX models differ in how they hold weights: the converter has to name its model "
+                "class (`architecture`), or pass FlaxNnx(..., architecture=...)"
+            )
+        raise LayoutError(
+            f"{architecture} is not among the native JAX models (flax_nnx) that are covered, "
+            f"{', '.join(_MODELS)}: tpu-inference runs it on torchax, by itself or with MODEL_IMPL_TYPE=vllm. Use "
+            f'TpuInference(version="{self.version}", tp={self.tp})'
+        )
+
+    @property
+    def _model(self) -> _Model:
+        self._check_architecture(self.architecture)
+        return _MODELS[self.architecture or ""]
+
+    @property
+    def mesh_axes(self) -> dict[str, int]:
+        """`{"model": tp}`."""
+        return {AXIS: self.tp}
+
+    def path(self, tensor: Tensor, *, layer: int | str | None, wrapper: str) -> str:
+        """`model.`, the wrapper and the layer in front of the tensor's name."""
+        return f"model.{wrapper}{in_decoder(tensor, layer)}" if tensor.in_decoder else tensor.name
+
+    def owns(self, name: str) -> bool:
+        """The state of random number generators, and whatever belongs to other modalities."""
+        return _ENGINE_OWNED.search(name) is not None
+
+    def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:
+        """As the trainer has it; heads and head_dim stay apart."""
+        kernel, cut = block.kernel, {"column": (None, AXIS), "row": (AXIS,), "replicated": ()}[block.parallel]
+        if kernel.ndim == 3 and block.parallel == "column":
+            raise LayoutError(
+                f"{block.name}: a layer without keys and values of its own (Gemma4 E2B and E4B); the engine's native "
+                "JAX model has them in every layer: use MODEL_IMPL_TYPE=vllm and TpuInference"
+            )
+        if kernel.ndim == 3:
+            kernel = self._wide(block.name, kernel, axis=1)
+        return (Tensor(f"{block.name}.{self._model.kernel}", kernel, self._spec(*cut)),)
+
+    def merged_linear(self, block: blocks.MergedLinear) -> tuple[Tensor, ...]:
+        """Gate and up apart, `[in, out]`; in Gemma4 `[in, a0 b0 | a1 b1 | ...]`, every shard its slice of each."""
+        if not self._model.merges_gate_up:
+            return tuple(
+                self._columns(name, kernels.interleave([flat_columns(part) for part in group], shards=1))
+                for name, group in zip(block.hub, block.parts, strict=True)
+            )
+        parts = [flat_columns(part) for group in block.parts for part in group]
+        for part in parts:
+            self._must_divide(f"{block.name}: a part of width", part.shape[1])
+        return (self._columns(block.name, kernels.interleave(parts, shards=self.tp)),)
+
+    def bare_linear(self, block: blocks.BareLinear) -> tuple[Tensor, ...]:
+        """`[in, out]`, replicated."""
+        return (Tensor(f"{block.name}.{self._model.kernel}", block.kernel),)
+
+    def param(self, block: blocks.Param) -> tuple[Tensor, ...]:
+        """The hub's values, replicated."""
+        return (Tensor(re.sub(r"\.weight$", f".{self._model.norm}", block.name), block.value),)
+
+    def qkv(self, block: blocks.QKV) -> tuple[Tensor, ...]:
+        """`[in, heads, head_dim]` each; keys that serve as values are held once."""
+        self._must_divide(f"{block.name}: query heads =", block.query.shape[1])
+        kv_cut = self._kv_cut(block)
+        projections = {"q_proj": (block.query, (AXIS,)), "k_proj": (block.key, kv_cut), "v_proj": (block.value, kv_cut)}
+        tensors = []
+        for (name, (kernel, cut)), bias in zip(projections.items(), block.bias or (None,) * 3, strict=True):
+            at = f"{block.name}.{name}"
+            if kernel is not None:
+                tensors.append(Tensor(f"{at}.{self._model.kernel}", self._heads(at, kernel), self._spec(None, *cut)))
+            if bias is not None:
+                tensors.append(Tensor(f"{at}.bias", self._heads(at, bias), self._spec(*cut)))
+        return tuple(tensors)
+
+    def _kv_cut(self, block: blocks.QKV) -> tuple[str | None, ...]:
+        count = block.key.shape[1]
+        if count % self.tp == 0:
+            return (AXIS,)
+        if self._model.cuts_wide_kv:
+            return (None, AXIS)
+        if self._model.pads_heads and self.tp % count == 0:
+            return (AXIS,)
+        why = "do not divide either way" if self._model.pads_heads else "the engine's own loader refuses that"
+        raise LayoutError(f"{block.name}: KV heads = {count} and tp={self.tp}: {why}; use MODEL_IMPL_TYPE=vllm")
+
+    def _heads(self, name: str, kernel: Shaped[Array, "*in heads dim"]) -> Shaped[Array, "*in padded_heads padded_dim"]:
+        kernel = self._wide(name, kernel, axis=kernel.ndim - 1)
+        if self._model.pads_heads and kernel.shape[-2] < self.tp:
+            return jnp.repeat(kernel, self.tp // kernel.shape[-2], axis=-2)
+        return kernel
+
+    def _wide(self, name: str, kernel: Shaped[Array, "..."], *, axis: int) -> Shaped[Array, "..."]:
+        """Pads head_dim."""
+        width = kernel.shape[axis]
+        if width == _HEAD_UNPADDED or width % _HEAD_MULTIPLE == 0:
+            return kernel
+        if not self._model.pads_heads:
+            raise LayoutError(
+                f"{name}: head_dim = {width} is neither {_HEAD_UNPADDED} nor a multiple of {_HEAD_MULTIPLE}, and the "
+                f"engine's own loader refuses that for {self.architecture}: use MODEL_IMPL_TYPE=vllm and TpuInference"
+            )
+        return kernels.pad_axis(kernel, axis=axis, multiple=_HEAD_MULTIPLE)
+
+    def fused_moe(self, block: blocks.FusedMoE) -> tuple[Tensor, ...]:
+        """Gate and up fused as the backend's kernel wants them, and down."""
+        shards = self.tp if self.moe_backend == "gmm_tp" else 1
+        cut13, cut2 = ((None, None, AXIS), (None, AXIS)) if self.moe_backend == "gmm_tp" else ((AXIS,), (AXIS,))
+        return (
+            Tensor(f"{block.name}.kernel_gating_upproj_EDF", self._fused_w13(block, shards=shards), self._spec(*cut13)),
+            Tensor(f"{block.name}.kernel_down_proj_EFD", block.down, self._spec(*cut2)),
+        )
+
+    def embedding(self, block: blocks.Embedding) -> tuple[Tensor, ...]:
+        """`[vocab, embed]`; of Qwen3 with zero rows up to a multiple of tp."""
+        table = kernels.pad_axis(block.table, axis=0, multiple=self._vocab_multiple)
+        return (Tensor(self._model.embedding, table, self._spec(AXIS)),)
+
+    def lm_head(self, block: blocks.LMHead) -> tuple[Tensor, ...]:
+        """`[embed, vocab]`."""
+        if self._model.head is None:
+            raise LayoutError(
+                f"a native {self.architecture} whose output projection is not tied to its embedding was not run, or "
+                "does not start (Qwen2.5 at 0.32.0): use MODEL_IMPL_TYPE=vllm and TpuInference"
+            )
+        kernel = kernels.pad_axis(block.kernel, axis=1, multiple=self._vocab_multiple)
+        cut = (None, AXIS) if self._model.pads_heads else ()
+        return (Tensor(self._model.head, kernel, self._spec(*cut), in_decoder=False),)
+
+    def tied_lm_head(self, block: blocks.TiedLMHead) -> tuple[Tensor, ...]:
+        """Nothing: the embedding is the head."""
+        if not self._model.tied:
+            raise LayoutError(f"a {self.architecture} with tied embeddings was not run: use TpuInference")
+        return ()
+
+    @property
+    def _vocab_multiple(self) -> int:
+        return self.tp if self._model.pads_vocab else 1
+
+    def _columns(self, name: str, kernel: Shaped[Array, "in out"]) -> Tensor:
+        return Tensor(f"{name}.{self._model.kernel}", kernel, self._spec(None, AXIS))
+
+    def _must_divide(self, what: str, size: int) -> None:
+        if size % self.tp:
+            raise LayoutError(f"{what} {size} is not divisible by tp={self.tp}")
