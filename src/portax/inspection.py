@@ -11,7 +11,7 @@ from portax.checkpoint import Checkpoint
 from portax.config import ModelConfig
 from portax.errors import PlanError, PortaxError
 from portax.identify import Match, identify
-from portax.layouts import Canonical, HuggingFace, Layout, TpuInference
+from portax.layouts import Canonical, FlaxNnx, HuggingFace, Layout, TpuInference
 from portax.models import converter_for, families
 from portax.names import family, fold
 from portax.tables import new_table, size
@@ -77,8 +77,9 @@ def _match(match: Match, shipped: Mapping[str, ModelConfig]) -> dict[str, Any]:
 
 
 def _layouts() -> dict[str, Layout]:
-    engines = {f"tpu-inference {_ENGINE}, tp={tp}": TpuInference(version=_ENGINE, tp=tp) for tp in _TENSOR_PARALLEL}
-    return {"hf": HuggingFace(), "canonical": Canonical(), **engines}
+    torchax = {f"tpu-inference {_ENGINE}, tp={tp}": TpuInference(version=_ENGINE, tp=tp) for tp in _TENSOR_PARALLEL}
+    native = {f"flax-nnx {_ENGINE}, tp={tp}": FlaxNnx(version=_ENGINE, tp=tp) for tp in _TENSOR_PARALLEL}
+    return {"hf": HuggingFace(), "canonical": Canonical(), **torchax, **native}
 
 
 def _layout(name: str, layout: Layout, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]:
