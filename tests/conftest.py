@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from portax import cli
 from portax.golden import Tree
 
 jax.config.update("jax_platforms", "cpu")
@@ -65,6 +66,14 @@ def nested(flat: dict) -> dict:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return root
+
+
+def command(*args) -> int:
+    """Runs `portax` in this process and returns its exit code."""
+    try:
+        return cli.main(cli.parse(["portax", *map(str, args)]))
+    except SystemExit as stop:  # argparse's own way out
+        return stop.code
 
 
 class Compilations:

@@ -8,18 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import CHECKPOINTS, GOLDEN, filled, tree
-
-from portax import cli
+from conftest import CHECKPOINTS, GOLDEN, command, filled, tree
 
 DENSE = GOLDEN / "qwen3-8b.scan"
 CHECKPOINT = CHECKPOINTS / "qwen3-0.6b.scan"
 ENGINE = ("--engine-version", "0.32", "--tp", "2")
-
-
-def main(*args):
-    """Runs the command in this process and returns its exit code."""
-    return cli.main(cli.parse(["portax", *map(str, args)]))
 
 
 @pytest.fixture
@@ -28,7 +21,7 @@ def portax(capsys, caplog):
 
     def run(*args, code=0):
         caplog.clear()
-        assert main(*args) == code
+        assert command(*args) == code
         printed = capsys.readouterr()
         return printed.out if code == 0 else printed.out + printed.err + caplog.text
 
@@ -106,10 +99,10 @@ def test_convert_writes_what_the_library_makes(portax, tmp_path):
 def test_a_checkpoint_to_the_hub(tmp_path, capsys):
     out = tmp_path / "hub"
     args = ("convert", CHECKPOINT / "orbax", "--config", CHECKPOINT / "hf_config.json", "--layout", "hf", "--out", out)
-    assert main(*args, "--dry-run") == 0
+    assert command(*args, "--dry-run") == 0
     assert "would write   757 kB in 1 file to" in capsys.readouterr().out
     assert [*tmp_path.iterdir()] == []
-    assert main(*args, "--json") == 0
+    assert command(*args, "--json") == 0
     done = json.loads(capsys.readouterr().out)
     assert (done["tensors"], done["shards"], done["nbytes"]) == (46, 1, 756992)
     assert json.loads((out / "config.json").read_text())["model_type"] == "qwen3"
@@ -118,7 +111,7 @@ def test_a_checkpoint_to_the_hub(tmp_path, capsys):
 
 def test_a_hub_export_without_its_config_says_so(tmp_path, capsys):
     config = ("--config", CHECKPOINT / "maxtext_config.json", "--layout", "hf")
-    assert main("convert", CHECKPOINT / "orbax", *config, "--dtype", "bfloat16", "--out", tmp_path / "hub") == 0
+    assert command("convert", CHECKPOINT / "orbax", *config, "--dtype", "bfloat16", "--out", tmp_path / "hub") == 0
     out = capsys.readouterr().out
     assert "46 tensors, 378 kB" in out
     assert "no config.json was written: pass the hub's, --hub-config; no config.json can be derived" in out
@@ -129,7 +122,7 @@ def test_a_hub_export_derives_its_config(tmp_path, capsys):
     said = {"rope_max_timescale": 1000000, "normalization_layer_epsilon": "1e-6"}
     (tmp_path / "model.yml").write_text(json.dumps(json.loads((CHECKPOINT / "maxtext_config.json").read_text()) | said))
     out = ("--layout", "hf", "--out", tmp_path / "hub")
-    assert main("convert", CHECKPOINT / "orbax", "--config", tmp_path / "model.yml", *out) == 0
+    assert command("convert", CHECKPOINT / "orbax", "--config", tmp_path / "model.yml", *out) == 0
     assert "no config.json" not in capsys.readouterr().out
     hub = json.loads((CHECKPOINT / "hf_config.json").read_text()) | {"rope_theta": 1000000}
     assert json.loads((tmp_path / "hub" / "config.json").read_text()).items() <= hub.items()
@@ -144,15 +137,15 @@ def test_an_interrupted_command_goes_on(tmp_path, capsys, caplog, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("portax.exporting.index", stop)
-        assert main(*args) == 130
+        assert command(*args) == 130
     assert "interrupted; what is whole is kept in" in caplog.text
     assert not (tmp_path / "o").exists()
-    assert main(*args) == 0
+    assert command(*args) == 0
     assert "9 of them from before" in capsys.readouterr().out
 
 
 def test_inspect_names_the_family(capsys):
-    assert main("inspect", CHECKPOINT / "orbax") == 0
+    assert command("inspect", CHECKPOINT / "orbax") == 0
     out = capsys.readouterr().out
     for line in (
         "parameters  13 leaves, 757 kB, float32",
@@ -162,7 +155,7 @@ def test_inspect_names_the_family(capsys):
         "query heads = 4 is not divisible",
     ):
         assert line in out
-    assert main("inspect", CHECKPOINT / "orbax", "--json") == 0
+    assert command("inspect", CHECKPOINT / "orbax", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["root"] == "base/"
     assert found["families"][0]["sizes"]["emb_dim"] == 64
@@ -170,9 +163,9 @@ def test_inspect_names_the_family(capsys):
 
 
 def test_a_plan_of_a_checkpoint(capsys):
-    assert main("plan", CHECKPOINT / "orbax", "--config", CHECKPOINT / "maxtext_config.json", *ENGINE) == 0
+    assert command("plan", CHECKPOINT / "orbax", "--config", CHECKPOINT / "maxtext_config.json", *ENGINE) == 0
     assert "from" in capsys.readouterr().out
-    assert main("plan", CHECKPOINT / "orbax", "--model", "qwen3-8b", *ENGINE) == 1
+    assert command("plan", CHECKPOINT / "orbax", "--model", "qwen3-8b", *ENGINE) == 1
 
 
 def test_plan_on_paper(portax):
@@ -233,9 +226,5 @@ def test_a_plan_with_problems_lists_them(portax):
     ],
 )
 def test_unusable_commands(args, message, capsys, caplog):
-    try:
-        code = main(*args)
-    except SystemExit as stop:  # argparse's own way out
-        code = stop.code
-    assert code == 2
+    assert command(*args) == 2
     assert message in capsys.readouterr().err + caplog.text

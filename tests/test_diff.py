@@ -8,10 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import CHECKPOINTS, nested
+from conftest import CHECKPOINTS, command, nested
 
 import portax
-from portax import cli
 from portax.comparing import Found, compare
 from portax.lazy import LazyArray, pieces
 
@@ -200,7 +199,7 @@ def test_names_that_only_dots_and_slashes_tell_apart_are_refused():
 
 
 def main(*args):
-    return cli.main(cli.parse(["portax", "diff", *map(str, args)]))
+    return command("diff", *args)
 
 
 def test_the_command(tmp_path, capsys, caplog, exported):

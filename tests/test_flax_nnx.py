@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, filled, mesh, tree
+from conftest import GOLDEN, command, filled, mesh, tree
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import portax
-from portax import cli
 from portax.golden import Golden, compare
 from portax.integrations import tpu_inference
 from portax.layouts import FlaxNnx, TpuInference
@@ -305,8 +304,7 @@ def test_an_engine_on_torchax_is_no_native_one():
 
 
 def run(capsys, *args):
-    code = cli.main(cli.parse(["portax", *map(str, args)]))
-    return code, capsys.readouterr().out
+    return command(*args), capsys.readouterr().out
 
 
 def test_the_command_line(capsys, caplog):

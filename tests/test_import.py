@@ -11,10 +11,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
-from conftest import CHECKPOINTS
+from conftest import CHECKPOINTS, command
 
 import portax
-from portax import cli
 from portax.orbax_writer import chunk_shape
 
 QWEN3 = CHECKPOINTS / "qwen3-0.6b.scan"
@@ -55,7 +54,7 @@ def copy(hub, tmp_path):
 
 
 def main(*args):
-    return cli.main(cli.parse(["portax", "import", *map(str, args)]))
+    return command("import", *args)
 
 
 def read(path, root):

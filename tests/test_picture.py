@@ -13,11 +13,11 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN, tree
+from conftest import GOLDEN, command, tree
 from test_plan import engine_state
 
 import portax
-from portax import cli, page_file, picture
+from portax import page_file, picture
 from portax.comparing import Found
 from portax.diff_report import Diff, LeafDiff
 from portax.layouts import HuggingFace, TpuInference
@@ -268,27 +268,23 @@ def test_what_was_folded_is_known_again():
         assert [*filter(folded_into(folded), [*layers, *experts, *odd])] == group
 
 
-def main(*args):
-    return cli.main(cli.parse(["portax", *map(str, args)]))
-
-
 def test_the_command_writes_the_page_of_a_plan(tmp_path, capsys, caplog):
     out = tmp_path / "plan.html"
     args = ("plan", GOLDEN / TIED / "source.json", "--engine-version", "0.32", "--html", out)
-    assert main(*args, "--tp", "2", "--json") == 0
+    assert command(*args, "--tp", "2", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     assert {*drawn(Page(out.read_text()).picture, "right")} == {*plan["entries"]}
-    assert main(*args, "--tp", "2", "--strict-dtype") == 1
+    assert command(*args, "--tp", "2", "--strict-dtype") == 1
     found = Page(out.read_text()).picture
     assert all(card["state"] == "bad" for card in drawn(found, "right").values())
     out.write_text("mine")
-    assert main(*args, "--tp", "2") == 2
+    assert command(*args, "--tp", "2") == 2
     assert "is no page of portax" in caplog.text
     assert out.read_text() == "mine"
 
 
 def test_the_command_writes_the_page_of_a_diff(tmp_path, capsys):
     source, out = GOLDEN / TIED / "source.json", tmp_path / "diff.html"
-    assert main("diff", source, source, "--html", out) == 0
+    assert command("diff", source, source, "--html", out) == 0
     assert "13 leaves: 13 equal" in capsys.readouterr().out
     assert {card["state"] for card in drawn(Page(out.read_text()).picture, "right").values()} == {"good"}

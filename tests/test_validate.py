@@ -4,10 +4,10 @@ import json
 import sys
 
 import pytest
-from conftest import CHECKPOINTS, GOLDEN, tree
+from conftest import CHECKPOINTS, GOLDEN, command, tree
 
 import portax
-from portax import cli, config_json, validation
+from portax import config_json, validation
 from portax.coverage import coverage
 from portax.integrations import vllm
 from portax.layouts import HuggingFace, TpuInference
@@ -20,7 +20,7 @@ CHECKPOINT, HUB = DENSE / "orbax", DENSE / "hf_config.json"
 
 
 def main(*args):
-    return cli.main(cli.parse(["portax", "validate", *map(str, args)]))
+    return command("validate", *args)
 
 
 @pytest.fixture
@@ -125,11 +125,7 @@ def test_bad_input(args, message, capsys, caplog, monkeypatch, nothing_read):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(vllm.importlib.util, "find_spec", lambda name: None)
     sys.modules.pop("portax.integrations.transformers", None)
-    try:
-        code = main(*args)
-    except SystemExit as stop:  # argparse's own way out
-        code = stop.code
-    assert code == 2
+    assert main(*args) == 2
     assert message in capsys.readouterr().err + caplog.text
 
 

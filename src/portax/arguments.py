@@ -58,6 +58,12 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict-dtype", action="store_true", help="make a cast that loses precision an error")
 
 
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Adds the folder that a command writes."""
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist")
+    parser.add_argument("--dry-run", action="store_true", help="plan, check, show; write nothing")
+
+
 def add_page(parser: argparse.ArgumentParser) -> None:
     """Adds the page that shows the result."""
     text = "also write a page that shows it, in one HTML file; replaces a page of portax, and no other file"

@@ -27,7 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     arguments.add_weights(parser)
     arguments.add_model(parser)
     arguments.add_layout(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist")
+    arguments.add_output(parser)
     parser.add_argument(
         "--hub-config", metavar="FILE", help="the hub's config.json, to go with --layout hf; default: derived"
     )
@@ -36,7 +36,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scratch", metavar="DIR", help="folder for a temporary file; default: the one that --out is in"
     )
-    parser.add_argument("--dry-run", action="store_true", help="plan, check, show; write nothing")
 
 
 def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:

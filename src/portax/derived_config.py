@@ -103,6 +103,27 @@ def _llama(trainer: _Trainer) -> dict[str, Any]:
     return found | {"rope_scaling": scaling, "max_position_embeddings": 131072, "attention_bias": False}
 
 
+def _gemma4_rope(trainer: _Trainer) -> dict[str, Any]:
+    full = {
+        "rope_type": "proportional",
+        "rope_theta": trainer.need("global_rope_max_timescale"),
+        "partial_rotary_factor": trainer.need("global_rope_proportion"),
+    }
+    sliding = {"rope_type": "default", "rope_theta": trainer.need("local_rope_max_timescale")}
+    return {"full_attention": full, "sliding_attention": sliding}
+
+
+def _gemma4_experts(trainer: _Trainer) -> dict[str, Any]:
+    if trainer.config.num_experts <= 1:
+        return {"enable_moe_block": False}
+    return {
+        "enable_moe_block": True,
+        "num_experts": trainer.config.num_experts,
+        "moe_intermediate_size": trainer.config.moe_mlp_dim,
+        "top_k_experts": trainer.need("num_experts_per_tok"),
+    }
+
+
 def _gemma4(trainer: _Trainer) -> dict[str, Any]:
     config = trainer.config
     trainer.same(
@@ -110,16 +131,6 @@ def _gemma4(trainer: _Trainer) -> dict[str, Any]:
     )
     period = config.inhomogeneous_layer_cycle_interval
     cycle = ["sliding_attention"] * (5 if period == 1 else period - 1) + ["full_attention"]
-    full = {
-        "rope_type": "proportional",
-        "rope_theta": trainer.need("global_rope_max_timescale"),
-        "partial_rotary_factor": trainer.need("global_rope_proportion"),
-    }
-    experts = {
-        "num_experts": config.num_experts,
-        "moe_intermediate_size": config.moe_mlp_dim,
-        "top_k_experts": trainer.need("num_experts_per_tok") if config.num_experts > 1 else None,
-    }
     text = {
         "model_type": "gemma4_text",
         **trainer.sizes("gemma4_text"),
@@ -128,18 +139,14 @@ def _gemma4(trainer: _Trainer) -> dict[str, Any]:
         "attention_k_eq_v": config.share_kv_projections,
         "layer_types": (cycle * config.num_decoder_layers)[: config.num_decoder_layers],
         "sliding_window": trainer.need("sliding_window_size"),
-        "rope_parameters": {
-            "full_attention": full,
-            "sliding_attention": {"rope_type": "default", "rope_theta": trainer.need("local_rope_max_timescale")},
-        },
+        "rope_parameters": _gemma4_rope(trainer),
         "hidden_activation": "gelu_pytorch_tanh",
         "rms_norm_eps": trainer.need("normalization_layer_epsilon"),
         "final_logit_softcapping": trainer.need("final_logits_soft_cap") or None,
         "hidden_size_per_layer_input": 0,
         "num_kv_shared_layers": 0,
         "use_double_wide_mlp": False,
-        "enable_moe_block": config.num_experts > 1,
-        **(experts if config.num_experts > 1 else {}),
+        **_gemma4_experts(trainer),
         "tie_word_embeddings": config.logits_via_embedding,
     }
     return {

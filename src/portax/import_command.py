@@ -28,7 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     text = "a model as the hub has it: a folder of .safetensors with an index, or one such file"
     parser.add_argument("checkpoint", metavar="HUB_CHECKPOINT", help=text)
     arguments.add_model(parser, default="the config.json beside the tensors")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist")
+    arguments.add_output(parser)
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
         "--scanned", action="store_true", default=True, help="stack the layers, as for scan_layers=true (the default)"
@@ -37,7 +37,6 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--unscanned", action="store_false", dest="scanned", help="a tree for each layer, as for scan_layers=false"
     )
     parser.add_argument("--dtype", choices=arguments.DTYPES, help="default: that of the tensors")
-    parser.add_argument("--dry-run", action="store_true", help="plan, check, show; write nothing")
 
 
 def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:

@@ -12,7 +12,6 @@ from rich.console import Console
 from portax import arguments, config_json, validation
 from portax.coverage import coverage_table
 from portax.errors import ConfigError
-from portax.resources import config_path
 from portax.tables import render
 
 
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:
         args.checkpoint,
         _hub_config(args),
         args.prompt if args.prompt is not None else args.tokens or validation.DEFAULT_TOKENS,
-        config=args.config or (config_path(args.model) if args.model else None),
+        config=arguments.named_config(args),
         tokenizer=args.tokenizer,
         max_new_tokens=args.max_new_tokens,
         scratch=args.scratch,

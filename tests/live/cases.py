@@ -72,6 +72,29 @@ def engine(name, folder, **options):
     return live_engine.make(folder, TP * attention_dp, **options)
 
 
+def maxtext_arguments(options):
+    """What MaxText's configuration is read from: a small run on this machine in float32, with these options."""
+    import maxtext
+
+    options = {
+        "override_model_config": True,
+        "base_output_directory": "unused",
+        "hardware": "cpu",
+        "skip_jax_distributed_system": True,
+        "enable_checkpointing": False,
+        "log_config": False,
+        "dtype": "float32",
+        "weight_dtype": "float32",
+        "attention": "dot_product",
+        "per_device_batch_size": 1,
+        "max_target_length": 32,
+        "max_prefill_predict_length": 16,
+        **options,
+    }
+    base = f"{next(iter(maxtext.__path__))}/configs/base.yml"
+    return ["", base, *(f"{key}={value}" for key, value in options.items())]
+
+
 @contextlib.contextmanager
 def made(name):
     """The case of this name."""

@@ -15,8 +15,8 @@ import tempfile
 os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")  # MaxText without Google's cloud packages
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import cases
 import jax
-import maxtext
 import numpy as np
 from flax import nnx
 from maxtext.common import checkpointing
@@ -60,24 +60,11 @@ def config_of(recorded, path, scanned):
     options |= {
         **({"load_parameters_path": path} if path else {}),
         "scan_layers": scanned,
-        "override_model_config": True,
         "run_name": "import",
-        "base_output_directory": "unused",
-        "hardware": "cpu",
-        "skip_jax_distributed_system": True,
-        "enable_checkpointing": False,
-        "log_config": False,
-        "dtype": "float32",
-        "weight_dtype": "float32",
-        "attention": "dot_product",
         "megablox": False,
         "sparse_matmul": False,
-        "per_device_batch_size": 1,
-        "max_target_length": 32,
-        "max_prefill_predict_length": 16,
     }
-    base = f"{next(iter(maxtext.__path__))}/configs/base.yml"
-    return pyconfig.initialize_pydantic(["", base, *(f"{key}={value}" for key, value in options.items())])
+    return pyconfig.initialize_pydantic(cases.maxtext_arguments(options))
 
 
 def logits(model, tokens):

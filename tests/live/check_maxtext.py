@@ -23,31 +23,17 @@ os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")  # MaxText without Google's clo
 
 def maxtext_config():
     """MaxText's own configuration of the golden's model, on all eight devices."""
-    import maxtext
     from maxtext.configs import pyconfig
 
     sizes = json.loads((cases.ROOT / "oracle" / "dims_dev.json").read_text())["models"][NAME]
     options = sizes | {
         "model_name": NAME,
-        "override_model_config": True,
         "scan_layers": True,
         "run_name": "live",
-        "base_output_directory": "unused",
-        "hardware": "cpu",
-        "skip_jax_distributed_system": True,
-        "enable_checkpointing": False,
-        "log_config": False,
-        "dtype": "float32",
-        "weight_dtype": "float32",
-        "attention": "dot_product",
-        "per_device_batch_size": 1,
-        "max_target_length": 32,
-        "max_prefill_predict_length": 16,
         "ici_fsdp_parallelism": 4,
         "ici_tensor_parallelism": 2,
     }
-    base = f"{next(iter(maxtext.__path__))}/configs/base.yml"
-    return pyconfig.initialize(["", base, *(f"{key}={value}" for key, value in options.items())])
+    return pyconfig.initialize(cases.maxtext_arguments(options))
 
 
 def fill(model, params):
