@@ -3,21 +3,19 @@
 import collections
 import dataclasses
 import itertools
-import math
 from collections.abc import Container, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Shaped
 
-from portax import kernels
 from portax.errors import PlanError, Problem
 from portax.layers import Kind, Layer, Section
 from portax.operands import Reader
-from portax.plan import PROGRAMS_IN_FLIGHT, Entry, Plan, axes_of
+from portax.placing import Placer
+from portax.plan import PROGRAMS_IN_FLIGHT, Entry, Plan
 from portax.tracing import Hooks, hold, layer_leaves
 from portax.traffic import received_bytes
 from portax.trainer_state import TrainerState
@@ -240,14 +238,7 @@ class Executor:
             def program(arrays, position, donors):
                 leaves = layer_leaves(self._hooks, kind, arrays, position, shardings)
 
-                def place(array, spec, stage):
-                    if mesh is not None and stage == "packed":
-                        array = _settled(array, mesh, spec)
-                    elif mesh is not None:  # sealed before, else what moves is what it was cast from
-                        array = _spread(kernels.seal(array, leaves.zero), mesh, spec)
-                    return array if stage == "part" else kernels.seal(array, leaves.zero)
-
-                held, _ = hold(self._hooks, leaves, is_global=kind.is_global, place=place)
+                held, _ = hold(self._hooks, leaves, is_global=kind.is_global, place=Placer(mesh, leaves))
                 return tuple(tensor.array for tensor in held[start:stop])
 
             # Whatever reads them: a donor that a program drops is not written into.
@@ -312,28 +303,6 @@ def _sliced_shardings(kind: Kind, arrays: tuple[Any, ...], scan_axis: int) -> tu
         return NamedSharding(sharding.mesh, PartitionSpec(*axes))
 
     return tuple(sliced(leaf) for leaf in arrays)
-
-
-def _spread(array: Shaped[Array, "..."], mesh: Mesh, spec: PartitionSpec) -> Shaped[Array, "..."]:
-    """Partitions a finished array in two steps: over all of the mesh first, then as the engine replicates it.
-
-    In one step XLA may gather whole arrays; and without the constraint it would move the cast back to floats, and with
-    it the communication, in front of the packing.
-    """
-    axes = [*spec, *[None] * (array.ndim - len(spec))]
-    used = {axis for cut in axes for axis in axes_of(cut)}
-    spare = tuple(axis for axis, size in mesh.shape.items() if axis not in used and size > 1)
-    copies = math.prod(mesh.shape[axis] for axis in spare)
-    free = [i for i, axis in enumerate(axes) if axis is None and array.shape[i] % copies == 0]
-    if spare and free and array.ndim > 1:
-        cut = max(free, key=lambda i: array.shape[i])
-        everywhere = PartitionSpec(*axes[:cut], spare, *axes[cut + 1 :])
-        array = lax.with_sharding_constraint(array, NamedSharding(mesh, everywhere))
-    return lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
-
-
-def _settled(array: Shaped[Array, "..."], mesh: Mesh, spec: PartitionSpec) -> Shaped[Array, "..."]:
-    return lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
 
 def jobs(plan: Plan, sections: Iterable[Section], bucket_bytes: int | None) -> Iterator[Job]:

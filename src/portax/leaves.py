@@ -59,6 +59,7 @@ class Leaves:
         self._scan = scan
         self._position = position
         self._shardings = shardings or {}
+        self._read: dict[int, tuple[Any, NamedSharding]] = {}
 
     def __contains__(self, path: str) -> bool:
         """Whether the tree has this leaf; what that decides, the config must permit."""
@@ -92,7 +93,15 @@ class Leaves:
             own = kernels.unscan(own, self._position, axes=tuple(range(at, at + len(self._scan))))
         if path in self._shardings:  # else XLA may communicate before the cast to bits, and then does it in float32
             own = lax.with_sharding_constraint(own, self._shardings[path])
-        return kernels.seal(affine(own) if affine else own, self.zero)
+        own = kernels.seal(affine(own) if affine else own, self.zero)
+        if path in self._shardings:
+            self._read[id(own)] = own, self._shardings[path]
+        return own
+
+    def partitioning(self, array: Any) -> NamedSharding | None:
+        """How an array is spread over devices; None unless it is a leaf, as it was read, of which that is known."""
+        _, sharding = self._read.get(id(array), (None, None))
+        return sharding
 
     @property
     def zero(self) -> Bool[Array, ""]:

@@ -1,9 +1,9 @@
 """Layouts: how engines hold weights. One file per engine contract."""
 
-from portax.layouts.base import Layout, Place, Tensor, nowhere
+from portax.layouts.base import Layout, Place, Stage, Tensor, nowhere
 from portax.layouts.canonical import Canonical
 from portax.layouts.flax_nnx import FlaxNnx
 from portax.layouts.huggingface import HuggingFace
 from portax.layouts.tpu_inference import TpuInference
 
-__all__ = ["Canonical", "FlaxNnx", "HuggingFace", "Layout", "Place", "Tensor", "TpuInference", "nowhere"]
+__all__ = ["Canonical", "FlaxNnx", "HuggingFace", "Layout", "Place", "Stage", "Tensor", "TpuInference", "nowhere"]

@@ -5,8 +5,8 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +45,32 @@ Stage: TypeAlias = Literal["part", "packed", "whole"]
 """A `part` is yet to be packed with others; what is `packed` was made of parts that had been placed, so that nothing
 has to move any more; a `whole` is finished, and still where its sources are."""
 
-Place: TypeAlias = Callable[[Shaped[Array, "..."], PartitionSpec, Stage], Shaped[Array, "..."]]
-"""Puts an array where it belongs; bfloat16 is raw."""
+
+class Place(Protocol):
+    """Puts an array where it belongs; bfloat16 is raw."""
+
+    def __call__(
+        self,
+        array: Shaped[Array, "..."],
+        spec: PartitionSpec,
+        stage: Stage,
+        origin: Shaped[Array, "..."] | None = None,
+    ) -> Shaped[Array, "..."]:
+        """The array, partitioned.
+
+        Args:
+            array: What to place.
+            spec: How the engine partitions it.
+            stage: What has been done to it.
+            origin: Of a part, the array of the block that it is, before a cast to the engine's dtype.
+        """
 
 
-def nowhere(array: Shaped[Array, "..."], spec: PartitionSpec, stage: Stage) -> Shaped[Array, "..."]:
+def nowhere(
+    array: Shaped[Array, "..."], spec: PartitionSpec, stage: Stage, origin: Shaped[Array, "..."] | None = None
+) -> Shaped[Array, "..."]:
     """The `Place` of arrays that stay where they are."""
-    del spec, stage
+    del spec, stage, origin
     return array
 
 
@@ -119,9 +138,12 @@ class Layout(abc.ABC):
         float32 = isinstance(block, blocks.Param) and block.float32
         dtypes = [jnp.bfloat16 if leaf.dtype == jnp.uint16 else leaf.dtype for leaf in jax.tree.leaves(block)]
         dtype = jnp.dtype(jnp.float32) if float32 else self.dtype or jnp.result_type(*dtypes)
-        leaves, tree = jax.tree.flatten(jax.tree.map(lambda leaf: _stored(leaf, dtype), block))
+        origins, tree = jax.tree.flatten(block)
+        leaves = [_stored(leaf, dtype) for leaf in origins]
         if cuts := self.cuts(block):
-            leaves = [place(leaf, spec, "part") for leaf, spec in zip(leaves, cuts, strict=True)]
+            leaves = [
+                place(leaf, spec, "part", origin) for leaf, spec, origin in zip(leaves, cuts, origins, strict=True)
+            ]
         arranged = self.arrange(jax.tree.unflatten(tree, leaves))
         return tuple(
             dataclasses.replace(

@@ -7,6 +7,7 @@ layers/vllm/custom_ops/linear.py, layers/vllm/quantization/{configs,unquantized}
 
 import dataclasses
 import functools
+import math
 import re
 from typing import Any, TypeAlias
 
@@ -129,16 +130,22 @@ class TpuInference(TpuEngine):
         return _ENGINE_OWNED.search(name) is not None
 
     def cuts(self, block: blocks.Block) -> tuple[PartitionSpec, ...]:
-        """Parts of merged matrices as their slices of a shard, experts as the backend cuts them."""
+        """Matrices as their slices of a shard, before they are merged, transposed or flattened; experts likewise."""
+        parts, tp, axes = jax.tree.leaves(block), self.tp, self._tp_axes
         match block:
+            case blocks.Linear(parallel="row"):
+                at, axes, tp = [0], self._linear_axes, self._linear_tp
+            case blocks.Linear(parallel="column"):
+                at, axes, tp = [1], self._linear_axes, self._linear_tp
             case blocks.MergedLinear() | blocks.QKV():
-                parts, axes, tp = jax.tree.leaves(block), self._linear_axes, self._linear_tp
                 biases = len(block.bias) if isinstance(block, blocks.QKV) else 0
-                at = [1] * (len(parts) - biases) + [0] * biases
-            case blocks.FusedMoE() if self.moe_backend == "gmm_tp":
-                parts, axes, tp, at = [block.gate, block.up, block.down], self._tp_axes, self.tp, [2, 2, 1]
+                at, axes, tp = [1] * (len(parts) - biases) + [0] * biases, self._linear_axes, self._linear_tp
             case blocks.FusedMoE():
-                parts, axes, tp, at = [block.gate, block.up, block.down], self._tp_axes, self.tp, [0, 0, 0]
+                at = [2, 2, 1] if self.moe_backend == "gmm_tp" else [0, 0, 0]
+            case blocks.Embedding() | blocks.TiedLMHead():
+                at, tp = [0], math.lcm(tp, _VOCAB_MULTIPLE)
+            case blocks.LMHead():
+                at, tp = [1], math.lcm(tp, _VOCAB_MULTIPLE)
             case _:
                 return ()
         if any(part.shape[axis] % tp for part, axis in zip(parts, at, strict=True)):
