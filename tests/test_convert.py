@@ -1,6 +1,7 @@
 """How a conversion runs: compile counts, placement, transfers, memory, buckets."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -32,7 +33,7 @@ def of_depth(layers, name=MOE, *, scanned=True):
     config = dict(tree(name).config, num_decoder_layers=layers, base_num_decoder_layers=layers)
     converter = portax.converter_for(config, layout=TP4)
     shapes = converter.expected_tree(scanned=scanned)
-    return converter, {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items()}
+    return converter, {path: jax.device_put(np.zeros(leaf.shape, leaf.dtype)) for path, leaf in shapes.items()}
 
 
 @pytest.mark.parametrize("scanned", [True, False])
@@ -43,7 +44,7 @@ def test_programs_do_not_grow_with_depth_and_the_second_convert_compiles_none(na
         converter, params = of_depth(layers, name, scanned=scanned)
         with compilations.measured() as first:
             converter.convert(params)
-        fresh = jax.tree.map(lambda leaf: leaf + 1, params)
+        fresh = {path: jax.device_put(np.ones(leaf.shape, leaf.dtype)) for path, leaf in params.items()}
         with compilations.measured() as second:
             weights = converter.convert(fresh)
         assert second == [0]
@@ -157,25 +158,38 @@ PATTERNS = [  # a layout, a tree, and on how many devices the trainer's leaves a
 ]
 
 
+@functools.cache
+def numbered(name):
+    """Every element's number, from one on."""
+    numbers, count = {}, 0
+    for path, leaf in filled(name).items():
+        numbers[path] = np.arange(count + 1, count + 1 + leaf.size).reshape(leaf.shape)
+        count += leaf.size
+    assert count < 2**24  # exact in float32
+    return numbers
+
+
+@functools.cache
+def where_elements_go(name, layout):
+    """The engine's leaves, of the numbers of the trainer's elements; pads are zeros."""
+    converter = portax.converter_for(tree(name).config, layout=dataclasses.replace(layout, dtype=jnp.float32))
+    weights = converter.convert({path: leaf.astype(np.float32) for path, leaf in numbered(name).items()})
+    return {leaf: np.asarray(array).astype(np.int64) for leaf, array in weights.items()}
+
+
 @pytest.mark.parametrize(("layout", "name", "devices"), PATTERNS, ids=str)
 def test_every_bit_pattern_arrives_where_its_element_goes(layout, name, devices):
-    """NaN payloads, denormals and all: numbers below 2**24, exact in float32, tell where each element goes."""
-    numbers, patterns, count = {}, {}, 0
-    for path, leaf in filled(name).items():
-        flat = np.arange(count, count + leaf.size)
-        numbers[path] = (flat + 1).astype(np.float32).reshape(leaf.shape)
-        patterns[path] = (flat % 2**16).astype(np.uint16).reshape(leaf.shape).view(jnp.bfloat16)
-        count += leaf.size
-    assert count < 2**24
+    """NaN payloads, denormals and all."""
+    patterns = {
+        path: ((leaf - 1) % 2**16).astype(np.uint16).view(jnp.bfloat16) for path, leaf in numbered(name).items()
+    }
     config = tree(name).config
-    came_from = portax.converter_for(config, layout=dataclasses.replace(layout, dtype=jnp.float32)).convert(numbers)
     engine = engine_mesh(layout.tp) if layout.mesh_axes and devices == 8 else None
     trainer = mesh(all=1) if devices == 1 else mesh(fsdp=4, tensor=2)
     weights = portax.converter_for(config, layout=layout, mesh=engine).convert(sharded(patterns, trainer))
-    for leaf, index in came_from.items():
+    for leaf, index in where_elements_go(name, layout).items():
         if leaf.endswith("A_log") or ("gemma" in name and re.search("embed_tokens|lm_head", leaf)):
             continue  # float32 in any engine; scaled
-        index = np.asarray(index).astype(np.int64)
         expected = np.where(index == 0, 0, (index - 1) % 2**16).astype(np.uint16)
         got = np.asarray(weights[leaf]).view(np.uint16)
         if devices == 8 and engine is None:

@@ -1,6 +1,7 @@
 """Writing into a live engine: in place, exactly, provably, and never torn unnoticed."""
 
 import contextlib
+import functools
 import itertools
 import json
 import pathlib
@@ -25,6 +26,7 @@ from portax.layouts import TpuInference
 from portax.routes import Bridge
 
 DENSE, MOE, GEMMA = "qwen3-8b.scan", "qwen3-30b-a3b.scan", "gemma4-26b.scan"
+TP2 = TpuInference(version="0.32.0", tp=2)
 
 
 def grid(first, count, **axes):
@@ -62,17 +64,29 @@ def noise(like, seed):
 
 def owned(values, shardings):
     """On the devices, in buffers of their own: `device_put` may leave values in numpy's memory."""
-    copy = jax.jit(lambda leaves: jax.tree.map(jnp.copy, leaves), out_shardings=shardings)
-    return copy(jax.device_put(values, shardings))
+    copied = copies(tuple(shardings.values()))([jax.device_put(values[path], to) for path, to in shardings.items()])
+    return dict(zip(shardings, copied, strict=True))
 
 
-def made(name, *, tp=2, on=None, trainer=None, **options):
+@functools.cache
+def copies(shardings):
+    return jax.jit(lambda leaves: [*map(jnp.copy, leaves)], out_shardings=[*shardings])
+
+
+@functools.cache
+def converter_of(name, layout=TP2):
+    """One for all tests: its programs go with it."""
+    return portax.converter_for(tree(name).config, layout=layout)
+
+
+def made(name, *, tp=2, on=None, trainer=None, ahead=False, **options):
     """A sync, the engine's state, and the golden that it should leave behind."""
     golden = golden_of(name, tp)
     state = scrambled(name, tp, on or engine_mesh(golden.layout.tp, golden.layout.attention_dp))
-    converter = portax.converter_for(tree(name).config, layout=golden.layout)
     params = sharded(filled(name), trainer or grid(0, 8, fsdp=4, tensor=2))
-    return portax.WeightSync(converter, state, **options), state, params, golden
+    if ahead:
+        options["params"] = params
+    return portax.WeightSync(converter_of(name, golden.layout), state, **options), state, params, golden
 
 
 def wrong(state, golden):
@@ -94,7 +108,7 @@ ENGINES += [(MOE, "4.adp2"), (MOE, "8.adp2"), (MOE, "4.adp2.ep"), (MOE, "4.adp1"
 
 @pytest.mark.parametrize(("name", "tp"), ENGINES)
 def test_two_syncs_after_scrambling_leave_exactly_the_golden_leaves(name, tp, compilations):
-    sync, state, params, golden = made(name, tp=tp, params=filled(name))  # Gemma4 small needs its tree
+    sync, state, params, golden = made(name, tp=tp, ahead=True)  # Gemma4 small needs its tree
     untouched = {path: state[path] for path in golden.engine_owned}
     assert sync(other(params)).version == 1
     assert wrong(state, golden) != []
@@ -192,6 +206,7 @@ def test_host_arrays_and_trainer_shapes_known_beforehand(compilations):
     shapes = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for path, leaf in params.items()
     }
+    converter_of.cache_clear()  # so that it has something to compile
     sync, state, _, golden = made(DENSE, params=shapes)
     with compilations.measured() as compiled:
         sync(params)
@@ -253,7 +268,7 @@ def test_an_nnx_state_is_written_too():
     on = grid(0, 2, data=1, model=2)
     flat = scrambled(DENSE, 2, on)
     state = nnx.State({path: nnx.Param(leaf) for path, leaf in flat.items()})
-    converter = portax.converter_for(tree(DENSE).config, layout=TpuInference(version="0.32", tp=2))
+    converter = converter_of(DENSE)
     portax.WeightSync(converter, state)(sharded(filled(DENSE), grid(0, 2, fsdp=2)))
     assert wrong({path: state[path].get_value() for path in flat}, golden_of(DENSE, 2)) == []
 
@@ -389,7 +404,7 @@ def engine_problems(name, change, match, **options):
     on = grid(0, 8, data=4, model=2)
     state = scrambled(name, 2, on)
     before = dict(change(state) or state)
-    converter = portax.converter_for(tree(name).config, layout=TpuInference(version="0.32", tp=2))
+    converter = converter_of(name)
     with pytest.raises(portax.PlanError, match=match):
         portax.WeightSync(converter, state, **options)
     assert all(state[path] is leaf for path, leaf in before.items())
@@ -429,13 +444,13 @@ def test_an_engine_that_is_not_as_planned(change, match):
 
 
 def test_an_engine_of_too_few_devices():
-    converter = portax.converter_for(tree(DENSE).config, layout=TpuInference(version="0.32", tp=2))
+    converter = converter_of(DENSE)
     with pytest.raises(portax.PlanError, match=r"the engine's mesh: found model=1 in .*; expected model=2"):
         portax.WeightSync(converter, scrambled(DENSE, 1, grid(0, 1, data=1, model=1)))
 
 
 def test_something_that_is_no_engine_state():
-    converter = portax.converter_for(tree(DENSE).config, layout=TpuInference(version="0.32", tp=2))
+    converter = converter_of(DENSE)
     with pytest.raises(portax.PlanError, match="engine_state: found a object; expected a mapping of arrays"):
         portax.WeightSync(converter, object())
 
@@ -458,7 +473,7 @@ def test_an_engine_that_rebinds_its_state():
     """As tpu-inference does when it loads adapters: what was written into the old mapping would never be seen."""
     on = grid(0, 8, data=4, model=2)
     held = {"state": scrambled(DENSE, 2, on)}
-    converter = portax.converter_for(tree(DENSE).config, layout=TpuInference(version="0.32", tp=2))
+    converter = converter_of(DENSE)
     sync = portax.WeightSync(converter, lambda: held["state"])
     params = sharded(filled(DENSE), grid(0, 8, fsdp=4, tensor=2))
     sync(params)
@@ -511,7 +526,7 @@ def test_a_report_for_people_and_machines():
 
 def test_a_staged_copy_keeps_its_addresses_and_its_manifest():
     mesh, params = grid(0, 8, data=4, model=2), sharded(filled(MOE), grid(0, 8, fsdp=4, tensor=2))
-    converter = portax.converter_for(tree(MOE).config, layout=TpuInference(version="0.32", tp=2))
+    converter = converter_of(MOE)
     staging = portax.Staging(converter, mesh)
     first = {name: addresses(leaf) for name, leaf in staging.stage(other(params)).items()}
     weights = staging.stage(params)
@@ -526,7 +541,7 @@ def test_a_staged_copy_keeps_its_addresses_and_its_manifest():
 
 def test_the_doctor_finds_a_healthy_sync_and_says_what_is_wrong_with_an_ill_one(monkeypatch):
     _, state, params, golden = made(DENSE)
-    converter = portax.converter_for(tree(DENSE).config, layout=TpuInference(version="0.32", tp=2))
+    converter = converter_of(DENSE)
     assert [check for check in examine(converter, state, params) if not check.passed] == []
     assert wrong(state, golden) == []
     real = portax.live.EngineState.assign

@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Array, Shaped
 from rich.table import Table
 
 from portax.base import BaseConverter
-from portax.fingerprint import fingerprints
+from portax.fingerprint import fingerprints, places
 from portax.live import EngineState
 from portax.names import fold
 from portax.sync import WeightSync
@@ -57,7 +58,7 @@ def examine(converter: BaseConverter, engine_state: Any, params: Any, **options:
             engine.assign({name: _scrambled(engine.leaves()[name], round_ * len(written) + number)})
         before = engine.leaves()
         marks = dict(zip(written, fingerprints(before[name] for name in written), strict=True))
-        places = {name: _addresses(before[name]) for name in written}
+        addresses = {name: _addresses(before[name]) for name in written}
         report = sync(params)
         after = engine.leaves()
         stale = [
@@ -66,7 +67,7 @@ def examine(converter: BaseConverter, engine_state: Any, params: Any, **options:
             if mark in (None, marks[name])
         ]
         yield Check(f"sync {round_}: every trainer-owned leaf is new", not stale, _tally(stale, len(written)))
-        moved = [name for name in written if _addresses(after[name]) != places[name]]
+        moved = [name for name in written if _addresses(after[name]) != addresses[name]]
         what = f"sync {round_}: every one lives in the buffer of the leaf it replaces"
         yield Check(what, not moved or options.get("atomic", False), _tally(moved, len(written)))
         touched = [name for name, leaf in owned.items() if after[name] is not leaf]
@@ -96,7 +97,8 @@ def _scrambled(leaf: Shaped[Array, "..."], seed: int) -> Shaped[Array, "..."]:
 @functools.cache
 def _noise(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Any:
     def noise(seed):
-        return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+        mixed = (places(shape) + jnp.uint32(seed) * np.uint32(0x9E3779B9)) * np.uint32(0x85EBCA6B)
+        return ((mixed >> 8).astype(jnp.float32) / 2**24).astype(dtype)
 
     return jax.jit(noise, out_shardings=sharding)
 

@@ -23,10 +23,16 @@ def fingerprint(x: Shaped[Array | np.ndarray, "..."]) -> UInt32[Array, "2"]:
         x: Any array of elements of up to four bytes.
     """
     bits = lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize]).astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        place = place * np.uint32(size) + lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    place = places(x.shape)
     return jnp.stack([jnp.sum(_mixed(bits, place, np.uint32(seed)), dtype=jnp.uint32) for seed in _SEEDS])
+
+
+def places(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Every element's number in an array of this shape, modulo 2**32."""
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        place = place * np.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return place
 
 
 def _mixed(bits: UInt32[Array, "..."], place: UInt32[Array, "..."], seed: np.uint32) -> UInt32[Array, "..."]:
