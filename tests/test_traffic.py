@@ -103,16 +103,17 @@ def least_bytes(converter, shapes, targets):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "trainer", "engine", "options"),
+    ("dtype", "trainer", "engine", "options", "most"),
     [
-        (jnp.float32, {"fsdp": 8}, {"data": 2, "model": 4}, {}),
-        (jnp.bfloat16, {"fsdp": 2, "expert": 4}, {"data": 2, "model": 4}, {"moe_backend": "gmm_ep"}),
+        (jnp.float32, {"fsdp": 8}, {"data": 2, "model": 4}, {}, 1.1),
+        (jnp.bfloat16, {"fsdp": 2, "expert": 4}, {"data": 2, "model": 4}, {"moe_backend": "gmm_ep"}, 1.1),
+        (jnp.bfloat16, {"fsdp": 4, "tensor": 2}, {"data": 1, "model": 8}, {}, 1.15),  # KV heads are cut between devices
     ],
 )
-def test_a_layer_moves_little_more_than_it_must(dtype, trainer, engine, options):
-    """Neither the pads of w13, nor its copies, nor float32 that becomes bfloat16."""
+def test_a_layer_moves_little_more_than_it_must(dtype, trainer, engine, options, most):
+    """Neither the pads of w13, nor its copies, nor float32 that becomes bfloat16, nor anything twice."""
     config = dict(tree(MOE).config, num_decoder_layers=1, base_num_decoder_layers=1)
-    layout = portax.layouts.TpuInference(version="0.32", tp=4, **options)
+    layout = portax.layouts.TpuInference(version="0.32", tp=engine["model"], **options)
     converter = portax.converter_for(config, layout=layout)
     on, target = mesh(**trainer), mesh(**engine)
     shapes = {
@@ -123,4 +124,4 @@ def test_a_layer_moves_little_more_than_it_must(dtype, trainer, engine, options)
     _, job = conversion.jobs(None)
     targets = {entry.name: NamedSharding(target, entry.spec) for entry in job.entries}
     received = conversion.compile(job, tuple(targets.values()), donating=False).received
-    assert 0 < received <= 1.1 * least_bytes(converter, shapes, targets)
+    assert 0 < received <= most * least_bytes(converter, shapes, targets)

@@ -27,7 +27,7 @@ _Cuts: TypeAlias = tuple[tuple[str, ...], ...]  # for each dimension, the axes t
 _Fine: TypeAlias = dict[str, tuple[str, ...]]  # the finer axes that a mesh axis consists of
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Exchange:
     """Who sends what to whom.
 

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ Stage: TypeAlias = Literal["part", "packed", "whole"]
 has to move any more; a `whole` is finished, and still where its sources are."""
 
 
+@runtime_checkable
 class Place(Protocol):
     """Puts an array where it belongs; bfloat16 is raw."""
 
