@@ -1,6 +1,7 @@
 """Arguments that commands have in common: the weights, the model, the layout."""
 
 import argparse
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -62,6 +63,43 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """Adds the folder that a command writes."""
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist")
     parser.add_argument("--dry-run", action="store_true", help="plan, check, show; write nothing")
+
+
+def add_compile(parser: argparse.ArgumentParser) -> None:
+    """Adds compiling for devices that are not here."""
+    text = "also compile every program of a sync for simulated devices: memory, bytes between devices, time at best"
+    parser.add_argument("--compile", action="store_true", help=text)
+    parser.add_argument("--devices", type=int, metavar="N", help="devices of trainer and engines (default: the mesh's)")
+    text = (
+        "the trainer's mesh, e.g. fsdp=64,tensor=4; of its axes fsdp, tensor and expert cut weights (default: fsdp=N)"
+    )
+    parser.add_argument("--trainer-mesh", metavar="AXIS=SIZE,...", help=text)
+
+
+def meshes(args: argparse.Namespace, layout: layouts.Layout) -> tuple[dict[str, int], dict[str, int]]:
+    """Sizes of the axes of the trainer's mesh, and of the engines' on the same devices.
+
+    Raises:
+        ConfigError: They are not given, or of different sizes, or the layout is for no engine's mesh.
+    """
+    if args.devices is None and args.trainer_mesh is None:
+        raise ConfigError("--compile needs --devices, or --trainer-mesh")
+    trainer = {"fsdp": args.devices} if args.trainer_mesh is None else _mesh(args.trainer_mesh)
+    count, shards = math.prod(trainer.values()), math.prod(layout.mesh_axes.values())
+    if args.devices not in (None, count):
+        raise ConfigError(f"--trainer-mesh {args.trainer_mesh} has {count} devices, and --devices says {args.devices}")
+    if not layout.mesh_axes:
+        raise ConfigError(f"--compile is for engines that spread weights over a mesh, and {layout} does not")
+    if count % shards:
+        raise ConfigError(f"{count} devices are no multiple of the {shards} of one engine")
+    return trainer, {"data": count // shards, **layout.mesh_axes}
+
+
+def _mesh(text: str) -> dict[str, int]:
+    parts = [part.partition("=") for part in text.split(",")]
+    if any(not axis or not size.isdecimal() or int(size) < 1 for axis, _, size in parts):
+        raise ConfigError(f"--trainer-mesh {text} is not of the form fsdp=64,tensor=4")
+    return {axis: int(size) for axis, _, size in parts}
 
 
 def add_page(parser: argparse.ArgumentParser) -> None:

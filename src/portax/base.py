@@ -1,12 +1,12 @@
 """`BaseConverter`: the pipeline from a trainer's parameters to an engine's weights, and the hooks of a model family."""
 
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Shaped
 
 from portax import execute, layers, trainer_state
@@ -14,7 +14,7 @@ from portax.config import ModelConfig
 from portax.decoder import PlainDecoder
 from portax.errors import ConfigError, LayoutError
 from portax.layouts import Layout, TpuInference
-from portax.leaves import Leaves
+from portax.leaves import Axes, Leaves
 from portax.plan import Plan
 from portax.planning import make_plan
 from portax.restore import Restoration
@@ -160,12 +160,19 @@ class BaseConverter(PlainDecoder):
         sections = self.sections(state)
         return Restoration(self, self._plan(state, sections, None, False), sections, weights, dtype)
 
-    def expected_tree(self, *, scanned: bool = True, dtype: Any = np.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    def expected_tree(
+        self,
+        *,
+        scanned: bool = True,
+        dtype: Any = np.float32,
+        partition: Callable[[Axes], Sharding] | None = None,
+    ) -> dict[str, jax.ShapeDtypeStruct]:
         """The trainer's tree that the configuration implies, for planning without one.
 
         Args:
             scanned: Whether layers are stacked.
             dtype: Dtype of every leaf.
+            partition: How a leaf is spread over devices, given its axes; see `trainer_mesh.partition`.
 
         Returns:
             Shapes by path.
@@ -175,13 +182,18 @@ class BaseConverter(PlainDecoder):
         stacks = layers.unscanned(depth)
         if scanned and self.scan_form is not None:
             stacks = self.scan_form.stacks(depth, len(self.layer_cycle(())))
-        shapes = self._expected(Leaves({}, self.config), is_global=True)
+        found = self._expected(Leaves({}, self.config), is_global=True)
         for container, scan, first in stacks:
             layer = Leaves({}, self.config, traits=traits[first], scan=scan)
-            shapes |= {f"{container}/{path}": shape for path, shape in self._expected(layer).items()}
-        return {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
+            found |= {f"{container}/{path}": axes for path, axes in self._expected(layer).items()}
+        return {
+            path: jax.ShapeDtypeStruct(
+                tuple(size for _, size in axes), dtype, sharding=None if partition is None else partition(axes)
+            )
+            for path, axes in found.items()
+        }
 
-    def _expected(self, leaves: Leaves, is_global: bool = False) -> dict[str, tuple[int, ...]]:
+    def _expected(self, leaves: Leaves, is_global: bool = False) -> dict[str, Axes]:
         jax.eval_shape(lambda: hold(self, leaves, is_global=is_global))
         return leaves.expected
 

@@ -30,6 +30,7 @@ from portax import (
     doctor,
     import_command,
     inspection,
+    on_paper,
     page_file,
     picture,
     report,
@@ -85,6 +86,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments.add_weights(plan)
     arguments.add_model(plan)
     arguments.add_layout(plan)
+    arguments.add_compile(plan)
     arguments.add_page(plan)
     text = "Convert a checkpoint and write sharded safetensors; interrupted, the same command goes on."
     convert_command.add(command("convert", _convert, text))
@@ -123,9 +125,12 @@ def _models(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    page = arguments.page(args)
+    page, layout = arguments.page(args), arguments.layout(args)
+    meshes = arguments.meshes(args, layout) if args.compile else None
+    if meshes is not None:
+        _simulate_devices(math.prod(meshes[0].values()))
     params, config = arguments.weights_and_config(args, required=False)
-    converter = converter_for(config, layout=arguments.layout(args), strict_dtype=args.strict_dtype)
+    converter = converter_for(config, layout=layout, strict_dtype=args.strict_dtype)
     params = converter.expected_tree() if params is None else params
     what = args.checkpoint or args.tree or args.model or args.config
     try:
@@ -136,7 +141,15 @@ def _plan(args: argparse.Namespace) -> int:
         raise
     if page:
         page_file.write(page, picture.of_plan(plan, params, what=what))
-    _print(plan.to_json() if args.json else str(plan))
+    if meshes is None:
+        _print(plan.to_json() if args.json else str(plan))
+        return 0
+    with Console(stderr=True).status("compiling every program of a sync ..."):
+        cost = on_paper.estimate(converter, *map(on_paper.simulated_mesh, meshes))
+    if args.json:
+        _print(json.dumps({**json.loads(plan.to_json()), "compiled": cost.to_dict()}, indent=1))
+    else:
+        _print(f"{plan}\n\n{cost}")
     return 0
 
 

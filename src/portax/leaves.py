@@ -1,7 +1,7 @@
 """What a hook sees: the leaves of one layer, read by path, checked against the config, sliced on read."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,9 @@ from portax.errors import Problem
 
 NOWHERE = np.zeros(1, np.int32)
 
+Axes: TypeAlias = tuple[tuple[str, int], ...]
+"""What the config calls each axis of a leaf, `layers` for a scan axis, and its size."""
+
 
 class Leaves:
     """The trainer's leaves of one layer, or of the model outside its layers.
@@ -27,7 +30,7 @@ class Leaves:
     Attributes:
         config: Where the sizes of the axes come from.
         problems: What has been found wrong so far; leaves are named relative to the layer.
-        expected: Shape, in the trainer's form, of every leaf that has been asked for.
+        expected: Axes, in the trainer's form, of every leaf that has been asked for.
         traits: What the config says of this layer and not of all the others, e.g. `{"global"}`.
     """
 
@@ -54,7 +57,7 @@ class Leaves:
         self.config = config
         self.traits = traits
         self.problems: list[Problem] = []
-        self.expected: dict[str, tuple[int, ...]] = {}
+        self.expected: dict[str, Axes] = {}
         self._arrays = arrays
         self._scan = scan
         self._position = position
@@ -76,10 +79,12 @@ class Leaves:
         names = axes.split()
         shape = tuple(self.config.size(name) for name in names)
         at = self.config.param_scan_axis
-        self.expected[path] = expected = shape[:at] + self._scan + shape[at:]
+        sized = [*zip(names, shape, strict=True)]
+        sized[at:at] = [("layers", size) for size in self._scan]
+        self.expected[path] = tuple(sized)
+        expected = tuple(size for _, size in sized)
         leaf = self._arrays.get(path)
-        labels = [f"{name}={size}" for name, size in zip(names, shape, strict=True)]
-        labels[at:at] = [f"layers={size}" for size in self._scan]
+        labels = [f"{name}={size}" for name, size in sized]
         kind = f" in a {', '.join(sorted(self.traits))} layer" if self.traits else ""
         if problem := _problem(path, leaf, expected, f"[{', '.join(labels)}]{kind}"):
             self.problems.append(problem)
