@@ -1,19 +1,16 @@
 """Bytes between devices: of programs whose traffic is known, and of arrays that are moved."""
 
-import collections
-import dataclasses
-import re
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from conftest import mesh, tree
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import portax
+from portax.on_paper import least_bytes
 from portax.traffic import moved_bytes, received_bytes
+from portax.trainer_mesh import partition
 
 MOE = "qwen3-30b-a3b.scan"
 SHAPE, NBYTES = (64, 64), 64 * 64 * 2
@@ -70,38 +67,6 @@ def test_what_devices_receive_when_an_array_is_moved():
     assert moved_bytes(held(P("a"), shifted), source) == NBYTES  # halves: none of them was there
 
 
-def trainer_spec(path, axes):
-    """As MaxText partitions: embed over fsdp, heads and widths over tensor, experts over expert."""
-    fsdp, tensor, expert = (axis if axis in axes else None for axis in ("fsdp", "tensor", "expert"))
-    for pattern, cut in {
-        r"(query|key|value)/kernel": (fsdp, None, tensor, None),
-        r"out/kernel": (tensor, None, None, fsdp),
-        r"moe_block/wi_[01]": (expert, None, fsdp, tensor),
-        r"moe_block/wo": (expert, None, tensor, fsdp),
-    }.items():
-        if re.search(pattern, path):
-            return P(*cut)
-    return P()
-
-
-def least_bytes(converter, shapes, targets):
-    """Bytes of the elements that each device is to hold and has not: no algorithm moves fewer."""
-    numbers, held, count = {}, collections.defaultdict(set), 0
-    for path, leaf in shapes.items():
-        numbers[path] = np.arange(count, count + leaf.size, dtype=np.float32).reshape(leaf.shape) + 1
-        count += leaf.size
-        for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
-            held[device].update(numbers[path][index].astype(int).ravel().tolist())
-    layout = dataclasses.replace(converter.layout, dtype=jnp.float32)
-    came_from = portax.converter_for(converter.config, layout=layout).convert(numbers)
-    needed = 0
-    for name, target in targets.items():
-        origin = np.asarray(came_from[name]).astype(int)
-        for device, index in target.devices_indices_map(origin.shape).items():
-            needed += 2 * len(set(origin[index].ravel().tolist()) - held[device] - {0})
-    return needed
-
-
 @pytest.mark.parametrize(
     ("dtype", "trainer", "engine", "options", "most"),
     [
@@ -115,13 +80,15 @@ def test_a_layer_moves_little_more_than_it_must(dtype, trainer, engine, options,
     config = dict(tree(MOE).config, num_decoder_layers=1, base_num_decoder_layers=1)
     layout = portax.layouts.TpuInference(version="0.32", tp=engine["model"], **options)
     converter = portax.converter_for(config, layout=layout)
-    on, target = mesh(**trainer), mesh(**engine)
-    shapes = {
-        path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(on, trainer_spec(path, trainer)))
-        for path, leaf in converter.expected_tree().items()
-    }
+    shapes = converter.expected_tree(dtype=dtype, partition=partition(mesh(**trainer)))
     conversion = converter.conversion(shapes)
     _, job = conversion.jobs(None)
-    targets = {entry.name: NamedSharding(target, entry.spec) for entry in job.entries}
+    targets = {entry.name: NamedSharding(mesh(**engine), entry.spec) for entry in job.entries}
     received = conversion.compile(job, tuple(targets.values()), donating=False).received
     assert 0 < received <= most * least_bytes(converter, shapes, targets)
+
+
+def test_more_elements_than_can_be_numbered():
+    converter = portax.converter_for(tree(MOE).config, layout=portax.layouts.Canonical())
+    with pytest.raises(ValueError, match=r"16777217 elements; numbers are exact below 2\*\*24"):
+        least_bytes(converter, {"embedding": jax.ShapeDtypeStruct((2**12, 2**12), jnp.float32)}, {})

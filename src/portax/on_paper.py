@@ -1,5 +1,6 @@
 """What a sync would cost on devices that are not here: its programs, compiled ahead of time from shapes alone."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -176,6 +177,42 @@ def estimate(
         memory: Any = program.compiled.memory_analysis()
         costs.append(Cost(_what(jobs), len(jobs), seconds, written, received, memory.temp_size_in_bytes))
     return Estimate(dict(trainer.shape), dict(engine.shape), source, tuple(costs))
+
+
+def least_bytes(
+    converter: BaseConverter, params: Mapping[str, jax.ShapeDtypeStruct], targets: Mapping[str, NamedSharding]
+) -> int:
+    """Bytes of the elements that each device is to hold and has not: no algorithm moves fewer.
+
+    Args:
+        converter: Says which of the engine's elements is which of the trainer's.
+        params: Shapes of the trainer's weights with their shardings; of less than 2**24 elements.
+        targets: How the engine's leaves are to be partitioned, by name.
+
+    Raises:
+        ValueError: There are more elements than float32 can number.
+    """
+    numbered, count = {}, 1
+    for path, leaf in params.items():
+        numbered[path] = np.arange(count, count + leaf.size, dtype=np.float32).reshape(leaf.shape)
+        count += leaf.size
+    if count > 2**24:
+        raise ValueError(f"{count} elements; numbers are exact below 2**24: take a model of fewer layers, or narrower")
+    held: dict[jax.Device, np.ndarray] = collections.defaultdict(lambda: np.zeros(count, bool))
+    for path, leaf in params.items():
+        for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
+            held[device][numbered[path][index].astype(np.int64)] = True
+    layout: Any = converter.layout
+    numbers = type(converter)(converter.config, layout=dataclasses.replace(layout, dtype=np.float32)).convert(numbered)
+    missing = 0
+    for name, target in targets.items():
+        origin = np.asarray(numbers[name]).astype(np.int64)
+        for device, index in target.devices_indices_map(origin.shape).items():
+            wanted = np.zeros(count, bool)
+            wanted[origin[index]] = True
+            wanted[0] = False  # pads
+            missing += int(np.count_nonzero(wanted & ~held[device]))
+    return missing * np.dtype(layout.dtype).itemsize
 
 
 def simulated_mesh(axes: Mapping[str, int]) -> Mesh:
