@@ -14,7 +14,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from portax.base import BaseConverter
 from portax.execute import Job
-from portax.names import numbers
 from portax.tables import new_table, render, size
 from portax.trainer_mesh import partition
 
@@ -237,7 +236,8 @@ def _what(jobs: list[Job]) -> str:
     )
     if first.layer.index is None:
         return f"outside the layers{part}"
-    return f"layer {numbers([job.layer.index for job in jobs if job.layer.index is not None])}{part}"
+    others = f" and {len(jobs) - 1} like it" if len(jobs) > 1 else ""
+    return f"layer {first.layer.index}{others}{part}"
 
 
 def _or_unknown(value: Any, shown: Callable[[Any], str]) -> str:
