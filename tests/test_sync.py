@@ -249,6 +249,7 @@ def test_programs_write_into_the_engine_and_need_a_bucket_at_most(name):
     for job in conversion.jobs(bucket_bytes):
         memory = conversion.compile(job, sync._shardings(job), donating=True).compiled.memory_analysis()
         assert memory.output_size_in_bytes - memory.alias_size_in_bytes <= 8 * len(job.entries)  # pointers
+        assert job.nbytes <= bucket_bytes // 2 or len(job.entries) == 1
         assert memory.temp_size_in_bytes <= max(bucket_bytes, job.nbytes)
 
 

@@ -97,8 +97,11 @@ class Conversion:
     executor: "Executor"
 
     def jobs(self, bucket_bytes: int | None) -> Iterator[Job]:
-        """The work, in order: a layer at a time, or parts of one where it is larger than a bucket."""
-        return jobs(self.plan, self.sections, bucket_bytes)
+        """The work, in order: a layer at a time, or parts of one that need no more memory than a bucket.
+
+        What moves between devices is there twice, as it is sent and as it arrives: a job makes half a bucket.
+        """
+        return jobs(self.plan, self.sections, bucket_bytes and max(bucket_bytes // 2, 1))
 
     def make(self, job: Job, targets: tuple[Sharding, ...], donors: Arrays = ()) -> Arrays:
         """As `Executor.make`."""
