@@ -1,11 +1,12 @@
-"""Warm conversion of a tree of over 2 GB: portax, MaxText's converters and a plain copy, in one run.
+"""Warm conversion of a tree of over 2 GB: portax, numpy by hand, MaxText's converters and a plain copy, in one run.
 
     python benchmarks/convert.py --model qwen3-moe       (about a quarter of an hour)
     python benchmarks/convert.py --model gemma4
 
 Every converter runs in processes of its own, in turn, MaxText's in an environment that is made on the first run: for
 Qwen3 some 700 MB with a Python 3.12; for Gemma4, whose converter calls tpu-inference, 4 GB with `uv`. The copy is
-`np.copyto` of as many bytes into touched memory, in the same process.
+`np.copyto` of as many bytes into touched memory, in the same process. "numpy" is the same layout written by hand: copies
+between views of raw bits, on one thread (`by_hand.py`).
 
 Each row is measured twice. "Kept" is with a malloc that keeps what is freed, as the allocators of accelerators do.
 "Fresh" is with memory handed back between calls: then the system's page faults, the same for every converter, take
@@ -33,6 +34,7 @@ KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000
 ROWS = {  # converter, devices, whether results go onto the engine's mesh
     "qwen3-moe": (
         ("portax", 1, False),
+        ("numpy", 1, False),
         ("maxtext", 1, False),
         ("maxtext-table", 1, False),
         ("portax", 8, False),
@@ -105,11 +107,13 @@ def main() -> None:
     parser.add_argument(
         "--python", default="python3.12", help="Python 3.12 or newer to make MaxText's environment with"
     )
-    parser.add_argument("--converters", nargs="+", default=["portax", "maxtext", "maxtext-table"], metavar="NAME")
+    parser.add_argument(
+        "--converters", nargs="+", default=["portax", "numpy", "maxtext", "maxtext-table"], metavar="NAME"
+    )
     parser.add_argument("--repeat", type=int, default=5, help="warm calls of each converter")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write all figures here")
     args = parser.parse_args()
-    interpreters = {"portax": sys.executable}
+    interpreters = {"portax": sys.executable, "numpy": sys.executable}
     console = Console(width=210)
     results = []
     for converter, devices, mesh in (row for row in ROWS[args.model] if row[0] in args.converters):
