@@ -5,7 +5,7 @@
 
 Every converter runs in processes of its own, in turn, MaxText's in an environment that is made on the first run: for
 Qwen3 some 700 MB with a Python 3.12; for Gemma4, whose converter calls tpu-inference, 4 GB with `uv`. The copy is
-`np.copyto` of as many bytes into touched memory, in the same process. "numpy" is the same layout written by hand: copies
+`np.copyto` of as many bytes into touched memory, in the same process. "numpy" is that layout written by hand: copies
 between views of raw bits, on one thread (`by_hand.py`).
 
 Each row is measured twice. "Kept" is with a malloc that keeps what is freed, as the allocators of accelerators do.
