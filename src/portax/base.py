@@ -207,13 +207,19 @@ class BaseConverter(PlainDecoder):
             raise ConfigError(f"decoder_block={self.config.decoder_block!r} needs {', '.join(missing)}")
         self.check_config()
 
-    def on(self, mesh: Mesh | None) -> "BaseConverter":
+    def on(self, mesh: Mesh | None, *, config: ModelConfig | None = None) -> "BaseConverter":
         """The same converter with results on another mesh.
+
+        Args:
+            mesh: Where results go.
+            config: Another configuration; None for this one's.
 
         Raises:
             LayoutError: The mesh does not fit the layout.
         """
-        return type(self)(self.config, mesh, layout=self.layout, wrapper=self.wrapper, strict_dtype=self.strict_dtype)
+        return type(self)(
+            config or self.config, mesh, layout=self.layout, wrapper=self.wrapper, strict_dtype=self.strict_dtype
+        )
 
     def conversion(self, params: Any, *, strict_dtype: bool | None = None) -> execute.Conversion:
         """A planned conversion, to be carried out piece by piece, as `WeightSync` does.

@@ -7,19 +7,20 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from jaxtyping import Array, Shaped
 
 import portax
-from portax import config_json
+from portax import config_json, rows
 from portax.base import BaseConverter
 from portax.checkpoint import Checkpoint
 from portax.disk import write_text
 from portax.plan import Plan
 from portax.safetensors_files import INDEX
-from portax.shard_writer import ShardWriter
+from portax.shard_writer import Part, ShardWriter
 from portax.shards import Shard, index, make_shards
 from portax.workplace import check_space, refuse_existing, workplace
 
@@ -60,7 +61,8 @@ def export(
 ) -> Export:
     """Converts, and writes sharded safetensors, their index and, if it is given, a `config.json`; in bounded memory.
 
-    This holds three buckets, and the layer that is in work. Nothing has the final name before everything is there:
+    This holds three buckets, and the layer that is in work; a vocabulary on disk that is larger than a bucket goes in
+    pieces. Nothing has the final name before everything is there:
     until then it grows in a folder beside it, `.NAME.unfinished`. The same export, started again, goes on from there.
 
     Args:
@@ -96,7 +98,7 @@ def export(
         check_space(unfinished, sum(shard.nbytes for shard in todo))
         report(sum(shard.tensor_bytes for shard in shards if shard not in todo))
         with ShardWriter(unfinished, todo, report) as writer:
-            _stream(converter, params, writer, {name for shard in todo for name in shard.offsets}, bucket_bytes)
+            _write(writer, _parts(converter, params, {name for shard in todo for name in shard.offsets}, bucket_bytes))
         write_text(unfinished / INDEX, index(shards))
         if hub_config is not None:
             write_text(
@@ -121,13 +123,25 @@ def _manifest(converter: BaseConverter, params: Any, plan: Plan, shards: tuple[S
     }
 
 
-def _stream(converter: BaseConverter, params: Any, writer: ShardWriter, names: set[str], bucket_bytes: int) -> None:
+def _parts(
+    converter: BaseConverter, params: Any, names: set[str], bucket_bytes: int
+) -> Iterator[dict[Part, Shaped[Array, "..."]]]:
+    """What is to be written, a bucket at a time."""
+    entries = [entry for entry in rows.in_pieces(converter, params, bucket_bytes) if entry.name in names]
+    whole = names.difference(entry.name for entry in entries)
+    if whole:
+        for bucket in converter.stream(params, bucket_bytes=bucket_bytes, only=whole):
+            yield {(name, 0): leaf for name, leaf in bucket.items()}
+    for entry in entries:
+        for first, piece in rows.pieces(converter, params, entry, bucket_bytes):
+            yield {(entry.name, first * entry.nbytes // entry.shape[0]): piece}
+
+
+def _write(writer: ShardWriter, parts: Iterator[dict[Part, Shaped[Array, "..."]]]) -> None:
     """Writes one bucket while the next one is read and converted."""
-    if not names:
-        return
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         writing: concurrent.futures.Future[None] | None = None
-        for bucket in converter.stream(params, bucket_bytes=bucket_bytes, only=names):
+        for bucket in parts:
             host = jax.device_get(bucket)
             if writing is not None:
                 writing.result()

@@ -41,7 +41,7 @@ class StoredArray(LazyArray):
         self._unstacked: dict[tuple[int, ...], Unstacked] = {}
 
     def __getitem__(self, at: Any) -> Shaped[np.ndarray, "..."]:
-        """Reads a part; a layer out of chunks that hold several layers, by way of the scratch.
+        """Reads a part; by way of the scratch, what is less than a chunk, as a layer is where chunks hold several.
 
         Raises:
             CheckpointError: It cannot be read: files are missing or cut short, or the scratch has no space.
@@ -49,7 +49,7 @@ class StoredArray(LazyArray):
         at = () if at is ... else at if isinstance(at, tuple) else (at,)
         axes = tuple(axis for axis, where in enumerate(at) if not isinstance(where, slice))
         try:
-            if not any(self.chunk[axis] > 1 for axis in axes):
+            if not self._cuts_chunks(at):
                 part = self._store[at]
                 found = empty(part.shape, self.dtype)
                 import_orbax("tensorstore").array(found).write(part).result()
@@ -63,6 +63,14 @@ class StoredArray(LazyArray):
                 f"{self.name}: cannot be read ({first_line(error)}). Likely cause: the checkpoint was not written or "
                 "copied to its end, or a file of it is gone or cut short"
             ) from error
+
+    def _cuts_chunks(self, at: tuple[int | slice, ...]) -> bool:
+        """Whether the rest of a chunk would be read again for another part."""
+        for where, n, chunk in zip(at, self.shape, self.chunk, strict=False):
+            read = len(range(*where.indices(n))) if isinstance(where, slice) else 1
+            if read < min(chunk, n):
+                return True
+        return False
 
     @functools.cached_property
     def _store(self) -> Any:

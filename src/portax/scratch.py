@@ -91,7 +91,7 @@ class Scratch:
 
     @contextlib.contextmanager
     def _spacious(self, nbytes: int) -> Iterator[None]:
-        need = f"{size(nbytes)} more for layers read out of stacks; name another folder with scratch="
+        need = f"{size(nbytes)} more for what is read out of larger chunks; name another folder with scratch="
         if (free := shutil.disk_usage(self.folder).free) < nbytes:
             raise CheckpointError(f"{self.folder}: {size(free)} of temporary space is left, and it takes {need}")
         try:
@@ -156,7 +156,7 @@ class Unstacked:
                 write_at(self.file.fileno(), piece[outer], at)
 
     def _start(self, position: tuple[int, ...]) -> int:
-        number = int(np.ravel_multi_index(position, self.scan))
+        number = int(np.ravel_multi_index(position, self.scan)) if self.scan else 0
         return self.offset + number * math.prod(self.layer) * self.dtype.itemsize
 
 

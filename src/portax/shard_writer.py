@@ -3,11 +3,14 @@
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import TypeAlias
 
 import numpy as np
 
 from portax.disk import PART, write_at
 from portax.shards import Shard
+
+Part: TypeAlias = tuple[str, int]  # a tensor's name, and the byte of it that this part begins at
 
 
 class ShardWriter:
@@ -22,11 +25,11 @@ class ShardWriter:
         Args:
             folder: Where the files are made.
             shards: The files.
-            report: Called with the bytes of every tensor that has been written.
+            report: Called with the bytes of every part that has been written.
         """
         self._folder = folder
         self._of = {name: shard for shard in shards for name in shard.offsets}
-        self._missing = {shard.name: {*shard.offsets} for shard in self._of.values()}
+        self._missing = {shard.name: shard.tensor_bytes for shard in self._of.values()}
         self._open: dict[str, int] = {}
         self._report = report
 
@@ -38,17 +41,20 @@ class ShardWriter:
             os.close(descriptor)
             self._part(name).unlink()
 
-    def write(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Writes tensors, each once.
+    def write(self, parts: Mapping[Part, np.ndarray]) -> None:
+        """Writes tensors, or parts of them; all parts of a tensor together hold each of its bytes once.
+
+        Args:
+            parts: Values by the tensor's name and the byte of it that they begin at.
 
         Raises:
             OSError: The disk is full, or does not work.
         """
-        for name, tensor in tensors.items():
+        for (name, start), values in parts.items():
             shard = self._of[name]
-            write_at(self._descriptor(shard), np.ascontiguousarray(tensor), shard.offsets[name])
-            self._report(tensor.nbytes)
-            self._missing[shard.name].remove(name)
+            write_at(self._descriptor(shard), np.ascontiguousarray(values), shard.offsets[name] + start)
+            self._report(values.nbytes)
+            self._missing[shard.name] -= values.nbytes
             if not self._missing[shard.name]:
                 self._finish(shard)
 
