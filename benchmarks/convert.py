@@ -1,12 +1,13 @@
-"""Warm conversion of a tree of over 2 GB: portax, numpy by hand, MaxText's converters and a plain copy, in one run.
+"""Warm conversion of a tree of over 2 GB: portax, its peers, numpy by hand and a plain copy, in one run.
 
     python benchmarks/convert.py --model qwen3-moe       (about a quarter of an hour)
     python benchmarks/convert.py --model gemma4
 
-Every converter runs in processes of its own, in turn, MaxText's in an environment that is made on the first run: for
-Qwen3 some 700 MB with a Python 3.12; for Gemma4, whose converter calls tpu-inference, 4 GB with `uv`. The copy is
-`np.copyto` of as many bytes into touched memory, in the same process. "numpy" is that layout written by hand: copies
-between views of raw bits, on one thread (`by_hand.py`).
+Every converter runs in processes of its own, in turn, a peer's in an environment that is made on the first run, with a
+Python 3.12: MaxText's of 700 MB for Qwen3, and 4 GB, by `uv`, for Gemma4, whose converter calls tpu-inference; Tunix's
+of 1.3 GB. The copy is `np.copyto` of as many bytes into touched memory, in the same process. "numpy" is that layout by
+hand: copies between views of raw bits, on one thread (`by_hand.py`). "tunix" is the transfer that Tunix makes of
+MaxText's weights to MaxText's model inside vLLM, which has w13 fused and padded, and q, k and v apart.
 
 Each row is measured twice. "Kept" is with a malloc that keeps what is freed, as the allocators of accelerators do.
 "Fresh" is with memory handed back between calls: then the system's page faults, the same for every converter, take
@@ -14,6 +15,7 @@ more time than the conversion. The peak is from there.
 """
 
 import argparse
+import datetime
 import json
 import os
 import pathlib
@@ -30,6 +32,7 @@ from trees import MODELS
 HERE = pathlib.Path(__file__).parent
 PEER = ["maxtext==0.2.5"]
 PEER_NEEDS = ["jax==0.11.1", "flax==0.12.9", "jaxtyping"]  # what its converters import
+TUNIX = ["google-tunix==0.1.7"]
 KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.arena_max=1"
 ROWS = {  # converter, devices, whether results go onto the engine's mesh
     "qwen3-moe": (
@@ -37,25 +40,39 @@ ROWS = {  # converter, devices, whether results go onto the engine's mesh
         ("numpy", 1, False),
         ("maxtext", 1, False),
         ("maxtext-table", 1, False),
+        ("tunix", 1, False),
         ("portax", 8, False),
         ("maxtext", 8, False),
         ("maxtext-table", 8, False),
         ("portax", 8, True),
+        ("tunix", 8, True),
     ),
-    "gemma4": (("portax", 1, False), ("maxtext", 1, False), ("portax", 8, False), ("maxtext", 8, False)),
+    "gemma4": (
+        ("portax", 1, False),
+        ("numpy", 1, False),
+        ("maxtext", 1, False),
+        ("portax", 8, False),
+        ("maxtext", 8, False),
+    ),
 }
 
 
-def peer_python(model: str, python: str) -> str:
-    """The interpreter of MaxText's environment, which is made if it is not there."""
-    home = HERE / (".venv-engine" if model == "gemma4" else ".venv-maxtext")
+def peer_python(converter: str, model: str, python: str) -> str:
+    """The interpreter of a peer's environment, which is made if it is not there."""
+    name = "tunix" if converter == "tunix" else "engine" if model == "gemma4" else "maxtext"
+    home = HERE / f".venv-{name}"
     inside = home / "bin" / "python"
-    if model == "gemma4" and not inside.exists():
+    if inside.exists():
+        return str(inside)
+    if name == "engine":
         subprocess.run([HERE.parent / "oracle" / "install_engine.sh", home, "0.32.0"], check=True)
         subprocess.run(["uv", "pip", "install", "-q", "--python", inside, "--no-deps", *PEER], check=True)  # noqa: S607
-    elif not inside.exists():
-        subprocess.run([python, "-m", "venv", home], check=True)
-        pip = [inside, "-m", "pip", "install", "-q"]
+        return str(inside)
+    subprocess.run([python, "-m", "venv", home], check=True)
+    pip = [inside, "-m", "pip", "install", "-q"]
+    if name == "tunix":
+        subprocess.run([*pip, *TUNIX], check=True)
+    else:
         subprocess.run([*pip, "--no-deps", *PEER], check=True)
         subprocess.run([*pip, *PEER_NEEDS], check=True)
     return str(inside)
@@ -67,9 +84,9 @@ def measure(python: str, model: str, row: tuple[str, int, bool], repeat: int, *,
     command = [python, "-W", "ignore", str(HERE / "measure.py"), converter, "--model", model, "--devices", str(devices)]
     command += ["--repeat", str(repeat), *(["--engine-mesh"] if engine_mesh else [])]
     environment = {**os.environ, "GLIBC_TUNABLES": KEEP_MEMORY} if keep else None
-    done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    )
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -105,10 +122,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=ROWS, default="qwen3-moe")
     parser.add_argument(
-        "--python", default="python3.12", help="Python 3.12 or newer to make MaxText's environment with"
+        "--python", default="python3.12", help="Python 3.12 or newer to make the peers' environments with"
     )
     parser.add_argument(
-        "--converters", nargs="+", default=["portax", "numpy", "maxtext", "maxtext-table"], metavar="NAME"
+        "--converters", nargs="+", default=["portax", "numpy", "maxtext", "maxtext-table", "tunix"], metavar="NAME"
     )
     parser.add_argument("--repeat", type=int, default=5, help="warm calls of each converter")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write all figures here")
@@ -118,16 +135,19 @@ def main() -> None:
     results = []
     for converter, devices, mesh in (row for row in ROWS[args.model] if row[0] in args.converters):
         if converter not in interpreters:
-            interpreters[converter] = peer_python(args.model, args.python)
+            interpreters[converter] = peer_python(converter, args.model, args.python)
         with Console(stderr=True).status(f"{converter}, {devices} devices"):
             python = interpreters[converter]
             kept = measure(python, args.model, (converter, devices, mesh), args.repeat, keep=True)
             fresh = measure(python, args.model, (converter, devices, mesh), args.repeat, keep=False)
         results.append({"converter": converter, "devices": devices, "mesh": mesh, "kept": kept, "fresh": fresh})
-    console.print(f"{os.cpu_count()} cores of {platform.machine()}, {platform.platform()}; medians of {args.repeat}")
+    machine = f"{os.cpu_count()} cores of {platform.machine()}, {platform.platform()}"
+    console.print(f"{machine}; medians of {args.repeat}")
     console.print(table(args.model, results))
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        today = datetime.datetime.now(datetime.UTC).date().isoformat()
+        found = {"model": args.model, "machine": machine, "date": today, "rows": results}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

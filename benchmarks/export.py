@@ -120,12 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=pathlib.Path, help="where to write; default: the system's temporary folder")
     parser.add_argument("--layers", type=int, default=CONFIG["num_decoder_layers"], help="default: %(default)s, 6 GB")
+    parser.add_argument("--vocabulary", type=int, default=CONFIG["vocab_size"], help="default: %(default)s rows")
     parser.add_argument("--rounds", type=int, default=2, help="the best of how many; default: %(default)s")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         what, *rest = json.loads(args.child)
-        config = {**CONFIG, "num_decoder_layers": int(rest[-1])}
+        config = {**CONFIG, "num_decoder_layers": int(rest[-2]), "vocab_size": int(rest[-1])}
         paths = [pathlib.Path(path) for path in rest[:2]]
         if what == "save":
             save(paths[0], config)
@@ -133,14 +134,15 @@ def main() -> None:
             print(json.dumps(export(*paths, config, rest[2] or None)))
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        table = measured(pathlib.Path(folder), args.layers, args.rounds)
+        table = measured(pathlib.Path(folder), (args.layers, args.vocabulary), args.rounds)
     Console(width=100).print(table)
 
 
-def measured(folder: pathlib.Path, layers: int, rounds: int) -> Table:
-    """One row for a copy, one for each dtype of an export."""
+def measured(folder: pathlib.Path, sizes: tuple[int, int], rounds: int) -> Table:
+    """One row for a copy, one for each dtype of an export of so many layers and rows of the vocabulary."""
     source, out = folder / "checkpoint", folder / "out"
-    subprocess.run([sys.executable, __file__, "--child", json.dumps(["save", str(source), str(layers)])], check=True)
+    made = json.dumps(["save", str(source), *map(str, sizes)])
+    subprocess.run([sys.executable, __file__, "--child", made], check=True)
     nbytes = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
     table = Table("", "seconds", "CPU s", "read + written, GB/s", "x cp", "memory, GB", box=box.SIMPLE_HEAD)
     baseline = 0.0
@@ -148,7 +150,7 @@ def measured(folder: pathlib.Path, layers: int, rounds: int) -> Table:
         runs = []
         for _ in range(rounds):
             forget(source)
-            runs.append(copy(source, out) if dtype is None else child("export", source, out, dtype, layers))
+            runs.append(copy(source, out) if dtype is None else child("export", source, out, dtype, *sizes))
             written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
             forget(out)
             shutil.rmtree(out)

@@ -21,8 +21,9 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from trees import MODELS, random_tree
 
 TP = 4
@@ -68,14 +69,55 @@ def maxtext_table_converter(model, params, mesh):
     return lambda: WeightConverter(rules=rules, tp=TP).convert(state)
 
 
+def tunix_transfer(model, params, mesh):
+    """Tunix's transfer from MaxText's tree to MaxText's model inside vLLM: w13 fused and padded, q, k and v apart."""
+    from flax import nnx
+    from tunix.generate.utils import transfer_state_directly
+    from tunix.rl.reshard import reshard_pytree
+
+    mesh = mesh or Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+    width = model.config["moe_mlp_dim"]
+    fused = 2 * TP * -(-width // TP // 128) * 128
+    engine: dict = {}
+    for path, shape in model.shapes.items():
+        layers = [""]
+        if "/layers/" in path:
+            layers, shape = [f"layers_{i}" for i in range(shape[1])], (shape[0], *shape[2:])
+        if path.endswith("/wi_1"):
+            continue
+        if path.endswith("/wi_0"):
+            path, shape = path[:-2], (*shape[:-1], fused)
+        spec = PartitionSpec(*[None] * (len(shape) - 1), "model") if shape[-1] % TP == 0 else PartitionSpec()
+        ones = jax.jit(lambda shape=shape: jnp.ones(shape, jnp.bfloat16), out_shardings=NamedSharding(mesh, spec))
+        for layer in layers:
+            node = engine
+            *parents, last = path.replace("/layers/", f"/{layer}/").split("/")
+            for part in parents:
+                node = node.setdefault(part, {})
+            node[last] = nnx.Param(ones())
+    state = nnx.State({"model": engine})
+    source = nnx.State(jax.tree.map(nnx.Param, params))
+
+    def convert():
+        transfer_state_directly(source, state, reshard_pytree)
+        return nnx.to_pure_dict(state)
+
+    return convert
+
+
 def numpy_by_hand(model, params, mesh):
     """The best that was found with numpy alone, on one thread; before it is timed, it has to make portax's bits."""
     import by_hand
 
     leaves = by_hand.raw_leaves(params)
-    if wrong := by_hand.differences(by_hand.convert(leaves, tp=TP), portax_converter(model, params, mesh)()):
+    name = next(name for name, one in MODELS.items() if one is model)
+
+    def convert():
+        return by_hand.convert(leaves, model=name, tp=TP)
+
+    if wrong := by_hand.differences(convert(), portax_converter(model, params, mesh)()):
         raise SystemExit(f"numpy by hand gives other bits: {wrong}")
-    return lambda: by_hand.convert(leaves, tp=TP)
+    return convert
 
 
 CONVERTERS = {
@@ -83,6 +125,7 @@ CONVERTERS = {
     "portax": portax_converter,
     "maxtext": maxtext_converter,
     "maxtext-table": maxtext_table_converter,
+    "tunix": tunix_transfer,
 }
 
 

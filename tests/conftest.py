@@ -77,14 +77,18 @@ def command(*args) -> int:
 
 
 class Compilations:
-    """Counts programs that the backend compiles."""
+    """Counts programs that the backend compiles, and those that JAX finds on disk instead."""
 
     def __init__(self):
-        self.count = 0
+        self.count = self.from_disk = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
+        jax.monitoring.register_event_listener(self._look)
 
     def _listen(self, event: str, duration: float, **_):
         self.count += event.endswith("backend_compile_duration")
+
+    def _look(self, event: str, **_):
+        self.from_disk += event.endswith("compilation_cache/cache_hits")
 
     @contextlib.contextmanager
     def measured(self):
