@@ -9,6 +9,7 @@ from jaxtyping import Shaped
 
 PART = ".part"
 """Ends the name of a file that is being written."""
+_ZEROS = 2**24
 
 
 def write_at(descriptor: int, values: Shaped[np.ndarray, "..."], offset: int) -> None:
@@ -17,6 +18,20 @@ def write_at(descriptor: int, values: Shaped[np.ndarray, "..."], offset: int) ->
     done = 0
     while done < len(view):
         done += os.pwrite(descriptor, view[done:], offset + done)
+
+
+def reserve(descriptor: int, offset: int, nbytes: int) -> None:
+    """Has the disk set space aside: what is written there through a mapping cannot find it full, which is fatal.
+
+    Raises:
+        OSError: There is no space.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, offset, nbytes)
+        return
+    zeros = np.zeros(min(nbytes, _ZEROS), np.uint8)
+    for start in range(0, nbytes, _ZEROS):
+        write_at(descriptor, zeros[: nbytes - start], offset + start)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -73,13 +73,15 @@ def pieces(
         converter: The converter.
         params: What it is to convert.
         entry: The tensor, one of `in_pieces`.
-        bucket_bytes: Bytes of a piece.
+        bucket_bytes: Bytes of a piece and of what it is made of, together.
 
     Yields:
         The first row of each piece, and the piece.
     """
     rows = entry.shape[0]
-    step = max(1, rows * bucket_bytes // entry.nbytes)
+    leaves = trainer_state.read(params).rooted
+    largest = max(entry.nbytes, *(leaves[source].nbytes for source in entry.sources))
+    step = max(1, rows * bucket_bytes // (2 * largest))  # what was read is there beside what was made of it
     same: BaseConverter | None = None
     for start in range(0, rows, step):
         part, tree = _smaller(converter, params, start, min(start + step, rows))

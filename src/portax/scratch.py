@@ -21,7 +21,7 @@ from typing import IO, Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from jaxtyping import Shaped
 
-from portax.disk import is_full, write_at
+from portax.disk import is_full, reserve, write_at
 from portax.errors import CheckpointError
 from portax.lazy import empty, pieces
 from portax.tables import size
@@ -75,6 +75,7 @@ class Scratch:
         with self._spacious(nbytes):
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - lives as long as what is read
+            reserve(self._file.fileno(), self._end, nbytes)
             unstacked = Unstacked(self._file, self._end, scan, rest, dtype)
             pieces = tuple(n for axis, n in enumerate(chunk) if axis not in axes)
             with concurrent.futures.ThreadPoolExecutor(_SLABS_IN_FLIGHT) as pool:
@@ -146,14 +147,28 @@ class Unstacked:
             slab: Which piece: a slice for each axis of a layer.
             layers: Its values, with the scan axes first.
         """
-        cut = max((i for i, n in enumerate(self.layer) if slab[i].stop - slab[i].start < n), default=0)
-        strides = [math.prod(self.layer[i + 1 :]) * self.dtype.itemsize for i in range(len(self.layer))]
+        whole_rows = all(s.stop - s.start == n for s, n in zip(slab[1:], self.layer[1:], strict=True))
         for position in np.ndindex(self.scan):
-            piece = np.ascontiguousarray(layers[position])
-            start = self._start(position) + sum(s.start * step for s, step in zip(slab, strides, strict=True))
-            for outer in np.ndindex(piece.shape[:cut]):
-                at = start + sum(i * step for i, step in zip(outer, strides, strict=False))
-                write_at(self.file.fileno(), piece[outer], at)
+            start = self._start(position)
+            if whole_rows:
+                first = start + slab[0].start * self._row_bytes if slab else start
+                write_at(self.file.fileno(), np.ascontiguousarray(layers[position]), first)
+            else:
+                self._scatter(start, slab, layers[position])
+
+    def _scatter(self, start: int, slab: _Slab, values: Shaped[np.ndarray, "..."]) -> None:
+        """Writes parts of rows, by mapping some rows at a time: a call for each part takes three times as long."""
+        rows, *rest = slab
+        step = max(1, _SLAB_BYTES // self._row_bytes)
+        for first in range(rows.start, rows.stop, step):
+            last = min(first + step, rows.stop)
+            shape = (last - first, *self.layer[1:])
+            place = np.memmap(self.file, self.dtype, "r+", start + first * self._row_bytes, shape)
+            place[(slice(None), *rest)] = values[first - rows.start : last - rows.start]
+
+    @property
+    def _row_bytes(self) -> int:
+        return math.prod(self.layer[1:]) * self.dtype.itemsize
 
     def _start(self, position: tuple[int, ...]) -> int:
         number = int(np.ravel_multi_index(position, self.scan)) if self.scan else 0
