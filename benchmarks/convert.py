@@ -45,7 +45,6 @@ ROWS = {  # converter, devices, whether results go onto the engine's mesh
         ("maxtext", 8, False),
         ("maxtext-table", 8, False),
         ("portax", 8, True),
-        ("tunix", 8, True),
     ),
     "gemma4": (
         ("portax", 1, False),

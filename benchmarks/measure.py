@@ -75,7 +75,7 @@ def tunix_transfer(model, params, mesh):
     from tunix.generate.utils import transfer_state_directly
     from tunix.rl.reshard import reshard_pytree
 
-    mesh = mesh or Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
     width = model.config["moe_mlp_dim"]
     fused = 2 * TP * -(-width // TP // 128) * 128
     engine: dict = {}
