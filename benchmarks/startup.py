@@ -1,6 +1,6 @@
 """What is paid once: imports, the plan of 94 layers, and the first conversion, whose programs JAX can keep on disk.
 
-    python benchmarks/startup.py       (some three minutes)
+    python benchmarks/startup.py       (some six minutes)
 
 Every figure is the median of processes of their own, taken in turn. The first conversion is that of a Qwen3-MoE of
 4 and of 94 layers with the same weights in each (D 256, 8 experts of width 128, vocabulary 4096), for tp 4 on one

@@ -228,3 +228,11 @@ def test_a_plan_with_problems_lists_them(portax):
 def test_unusable_commands(args, message, capsys, caplog):
     assert command(*args) == 2
     assert message in capsys.readouterr().err + caplog.text
+
+
+def test_importing_portax_imports_nothing_that_few_need():
+    """`import portax` is to cost little beyond `import jax`."""
+    heavy = {"scipy", "flax", "orbax", "tensorstore", "torch", "transformers"}
+    code = f"import sys, jax; known = {{*sys.modules}}; import portax; print(*{heavy} & {{*sys.modules}} - known)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -17,8 +17,6 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from portax.plan import axes_of
 
@@ -115,9 +113,11 @@ def _exchange(
 
 
 def _matching(edges: set[tuple[int, int]], devices: int) -> tuple[tuple[int, int], ...]:
+    from scipy.sparse import csgraph, csr_array  # a third of a second, which few conversions need
+
     senders, receivers = zip(*sorted(edges), strict=True)
     graph = csr_array((np.ones(len(edges), np.int8), (senders, receivers)), shape=(devices, devices))
-    return tuple(enumerate(maximum_bipartite_matching(graph, perm_type="column").tolist()))
+    return tuple(enumerate(csgraph.maximum_bipartite_matching(graph, perm_type="column").tolist()))
 
 
 def _pieces(shape: tuple[int, ...], sharding: NamedSharding, piece: tuple[int, ...]) -> list[list[tuple[int, ...]]]:
