@@ -111,7 +111,11 @@ def table(model: str, results: list[dict]) -> Table:
         for memory in ("kept", "fresh"):
             warm, seconds = median(r, memory), r[memory]["warm_s"]
             cells += [f"{warm:.2f} ({min(seconds):.2f}-{max(seconds):.2f})"]
-            cells += [f"{warm / median(r, memory, 'copy_s'):.1f}", f"{warm / median(own[r['devices']], memory):.1f}"]
+            ours = own.get(r["devices"])
+            cells += [
+                f"{warm / median(r, memory, 'copy_s'):.1f}",
+                f"{warm / median(ours, memory):.1f}" if ours else "-",
+            ]
         shown.add_row(*cells, f"{r['fresh']['peak_extra_bytes'] / r['fresh']['output_bytes']:.2f}")
     return shown
 
