@@ -64,16 +64,14 @@ def peer_python(converter: str, model: str, python: str) -> str:
     if inside.exists():
         return str(inside)
     if name == "engine":
-        subprocess.run([HERE.parent / "oracle" / "install_engine.sh", home, "0.32.0"], check=True)
-        subprocess.run(["uv", "pip", "install", "-q", "--python", inside, "--no-deps", *PEER], check=True)  # noqa: S607
-        return str(inside)
-    subprocess.run([python, "-m", "venv", home], check=True)
-    pip = [inside, "-m", "pip", "install", "-q"]
-    if name == "tunix":
-        subprocess.run([*pip, *TUNIX], check=True)
+        uv = ["uv", "pip", "install", "-q", "--python", inside]
+        steps = [[HERE.parent / "oracle" / "install_engine.sh", home, "0.32.0"], [*uv, "--no-deps", *PEER]]
     else:
-        subprocess.run([*pip, "--no-deps", *PEER], check=True)
-        subprocess.run([*pip, *PEER_NEEDS], check=True)
+        pip = [inside, "-m", "pip", "install", "-q"]
+        packages = [TUNIX] if name == "tunix" else [["--no-deps", *PEER], PEER_NEEDS]
+        steps = [[python, "-m", "venv", home], *([*pip, *what] for what in packages)]
+    for step in steps:
+        subprocess.run(step, check=True)
     return str(inside)
 
 

@@ -75,7 +75,9 @@ def tunix_transfer(model, params, mesh):
     from tunix.generate.utils import transfer_state_directly
     from tunix.rl.reshard import reshard_pytree
 
-    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+    if jax.device_count() > 1:
+        raise SystemExit("Tunix's transfer is measured on one device")
+    one = NamedSharding(Mesh(np.array(jax.devices()), ("model",)), PartitionSpec())
     width = model.config["moe_mlp_dim"]
     fused = 2 * TP * -(-width // TP // 128) * 128
     engine: dict = {}
@@ -87,8 +89,7 @@ def tunix_transfer(model, params, mesh):
             continue
         if path.endswith("/wi_0"):
             path, shape = path[:-2], (*shape[:-1], fused)
-        spec = PartitionSpec(*[None] * (len(shape) - 1), "model") if shape[-1] % TP == 0 else PartitionSpec()
-        ones = jax.jit(lambda shape=shape: jnp.ones(shape, jnp.bfloat16), out_shardings=NamedSharding(mesh, spec))
+        ones = jax.jit(lambda shape=shape: jnp.ones(shape, jnp.bfloat16), out_shardings=one)
         for layer in layers:
             node = engine
             *parents, last = path.replace("/layers/", f"/{layer}/").split("/")

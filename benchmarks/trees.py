@@ -113,9 +113,8 @@ def random_tree(model: Model, devices: list | None = None) -> dict:
     mesh, values = Mesh(np.array(devices or jax.devices()), ("fsdp",)), np.random.default_rng(0)
     tree: dict = {}
     for path, shape in model.shapes.items():
-        bits = values.integers(
-            0x0800, 0x4000, shape, np.uint16
-        )  # bfloat16 numbers below 2, none so small that XLA drops it
+        # bfloat16 numbers below 2, none so small that XLA takes it, or a fraction of it, for zero
+        bits = values.integers(0x0800, 0x4000, shape, np.uint16)
         cut = shape.index(EMBED) if len(shape) > 1 and EMBED in shape else None
         spec = PartitionSpec(*("fsdp" if axis == cut else None for axis in range(len(shape))))
         node = tree

@@ -181,7 +181,7 @@ def test_results_share_no_buffer_with_the_source_or_each_other():
 TP8, OLD = TpuInference(version="0.32", tp=8), TpuInference(version="0.20", tp=4)
 PATTERNS = [  # a layout, a tree, and on how many devices the trainer's leaves are
     *((layout, MOE, 1) for layout in (TP4, OLD, TP8, FUSED, HuggingFace(), Canonical())),
-    *((layout, MOE, 8) for layout in (TP4, OLD, FUSED, HuggingFace())),
+    *((layout, MOE, 8) for layout in (TP4, OLD, FUSED, HuggingFace(), Canonical())),
     *((TP4, other, 1) for other in (DENSE, "qwen3-next-80b-a3b.scan")),
     *((TP4, other, 8) for other in ("gemma4-31b.scan", "qwen3.5-35b-a3b.scan", "qwen2.5-7b.scan")),
     (HuggingFace(), "qwen3.5-35b-a3b.scan", 1),

@@ -208,7 +208,7 @@ class BaseConverter(PlainDecoder):
         self.check_config()
 
     def on(self, mesh: Mesh | None, *, config: ModelConfig | None = None) -> "BaseConverter":
-        """The same converter with results on another mesh.
+        """The same converter with results on another mesh, or for another size of the model.
 
         Args:
             mesh: Where results go.

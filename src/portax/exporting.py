@@ -62,8 +62,8 @@ def export(
     """Converts, and writes sharded safetensors, their index and, if it is given, a `config.json`; in bounded memory.
 
     This holds three buckets, and the layer that is in work; a vocabulary on disk that is larger than a bucket goes in
-    pieces. Nothing has the final name before everything is there:
-    until then it grows in a folder beside it, `.NAME.unfinished`. The same export, started again, goes on from there.
+    pieces. Nothing has the final name before everything is there: until then it grows in a folder beside it,
+    `.NAME.unfinished`. The same export, started again, goes on from there.
 
     Args:
         converter: The converter, and with it the layout.
