@@ -3,8 +3,9 @@
 A trainer that scans its layers saves chunks that each hold a piece of *every* layer (Orbax writes what each device
 holds, and nobody partitions the scan axis). Reading one layer then means to decode the whole stack: for a model of 94
 layers, 94 times. Rewriting each stack once, chunk by chunk, costs one pass over it and the memory of the chunks in
-work, whatever the size of the model. Any other leaf that is asked for in parts smaller than its chunks, as a vocabulary
-is that goes in pieces, is rewritten likewise, as it is. How much of the file then stays in memory is the operating system's to decide.
+work, whatever the size of the model. A leaf of no layers that is asked for in parts smaller than its chunks, such as a
+vocabulary that goes in pieces, is copied there likewise. How much of the file then stays in memory is the operating
+system's to decide.
 """
 
 import collections
