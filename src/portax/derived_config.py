@@ -8,7 +8,9 @@ from portax.errors import ConfigError
 from portax.hub_config import hub_keys
 
 _SILU, _GELU = ["silu", "linear"], ["gelu", "linear"]
-_UNSCALED = {"rope_type": ("default", ""), "rope_linear_scaling_factor": (1,), "partial_rotary_factor": (1,)}
+_UNSCALED = {"rope_type": ("default", ""), "rope_linear_scaling_factor": (1,)}
+_WHOLE = {**_UNSCALED, "partial_rotary_factor": (1,)}
+_UNWINDOWED = {"use_sliding_window": False}
 
 
 class _Trainer:
@@ -55,7 +57,6 @@ class _Trainer:
             "rope_theta": theta,
             "rope_parameters": {"rope_theta": theta, "rope_type": "default", **rope},
             "tie_word_embeddings": self.config.logits_via_embedding,
-            "use_sliding_window": False,
         }
 
 
@@ -68,23 +69,57 @@ def _number(value: Any) -> Any:
 
 
 def _qwen2(trainer: _Trainer) -> dict[str, Any]:
-    trainer.same(**_UNSCALED, attention_bias=(True,))
-    return trainer.plain("qwen2", "Qwen2ForCausalLM")
+    trainer.same(**_WHOLE, attention_bias=(True,))
+    return trainer.plain("qwen2", "Qwen2ForCausalLM") | _UNWINDOWED
 
 
 def _qwen3(trainer: _Trainer) -> dict[str, Any]:
-    trainer.same(**_UNSCALED, attention_bias=(False,))
-    return trainer.plain("qwen3", "Qwen3ForCausalLM")
+    trainer.same(**_WHOLE, attention_bias=(False,))
+    return trainer.plain("qwen3", "Qwen3ForCausalLM") | _UNWINDOWED
 
 
 def _qwen3_moe(trainer: _Trainer) -> dict[str, Any]:
-    trainer.same(**_UNSCALED, attention_bias=(False,))
-    return trainer.plain("qwen3_moe", "Qwen3MoeForCausalLM") | {
+    trainer.same(**_WHOLE, attention_bias=(False,))
+    return trainer.plain("qwen3_moe", "Qwen3MoeForCausalLM") | _UNWINDOWED | _experts_everywhere(trainer)
+
+
+def _experts_everywhere(trainer: _Trainer) -> dict[str, Any]:
+    return {
         "intermediate_size": trainer.config.mlp_dim or trainer.config.moe_mlp_dim,  # of layers that it has none of
         "num_experts_per_tok": trainer.need("num_experts_per_tok"),
         "norm_topk_prob": trainer.need("norm_topk_prob"),
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
+    }
+
+
+def _hybrid(trainer: _Trainer, model_type: str, architecture: str) -> dict[str, Any]:
+    """Gated delta nets with full attention in the last layer of a cycle, and a shared expert beside the others."""
+    trainer.same(**_UNSCALED, attention_bias=(False,), use_qk_norm_in_gdn=(True,), shared_experts=(1,))
+    config = trainer.config
+    cycle = ["linear_attention"] * (config.inhomogeneous_layer_cycle_interval - 1) + ["full_attention"]
+    rotary = trainer.need("partial_rotary_factor")
+    return trainer.plain(model_type, architecture, partial_rotary_factor=rotary) | {
+        "layer_types": (cycle * config.num_decoder_layers)[: config.num_decoder_layers],
+        "shared_expert_intermediate_size": config.moe_mlp_dim,
+    }
+
+
+def _qwen3_next(trainer: _Trainer) -> dict[str, Any]:
+    return _hybrid(trainer, "qwen3_next", "Qwen3NextForCausalLM") | _experts_everywhere(trainer)
+
+
+def _qwen3_5(trainer: _Trainer) -> dict[str, Any]:
+    """The class without a vision tower; it always divides the chosen experts' weights by their sum."""
+    trainer.need("norm_topk_prob")
+    trainer.same(norm_topk_prob=(True,))
+    text = _hybrid(trainer, "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM")
+    text |= {"num_experts_per_tok": trainer.need("num_experts_per_tok"), "mlp_only_layers": []}
+    return {
+        "architectures": text.pop("architectures"),
+        "model_type": "qwen3_5_moe",
+        "text_config": text,
+        "tie_word_embeddings": trainer.config.logits_via_embedding,
     }
 
 
@@ -99,7 +134,6 @@ def _llama(trainer: _Trainer) -> dict[str, Any]:
         "original_max_position_embeddings": 8192,
     }
     found = trainer.plain("llama", "LlamaForCausalLM", **scaling)
-    del found["use_sliding_window"]
     return found | {"rope_scaling": scaling, "max_position_embeddings": 131072, "attention_bias": False}
 
 
@@ -124,29 +158,45 @@ def _gemma4_experts(trainer: _Trainer) -> dict[str, Any]:
     }
 
 
+def _gemma4_per_layer_input(trainer: _Trainer) -> dict[str, Any]:
+    if not trainer.config.hidden_size_per_layer_input:
+        return {"hidden_size_per_layer_input": 0}
+    names = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
+    return {name: getattr(trainer.config, name) for name in names}
+
+
+def _gemma4_layer_types(trainer: _Trainer) -> list[str]:
+    config = trainer.config
+    period = config.inhomogeneous_layer_cycle_interval
+    if period == 1 and config.hidden_size_per_layer_input:
+        trainer.problems.append(
+            "inhomogeneous_layer_cycle_interval: 1; MaxText goes by the model's name, so give it: 5 for E2B, 6 for E4B"
+        )
+    cycle = ["sliding_attention"] * (5 if period == 1 else period - 1) + ["full_attention"]
+    return (cycle * config.num_decoder_layers)[: config.num_decoder_layers]
+
+
 def _gemma4(trainer: _Trainer) -> dict[str, Any]:
     config = trainer.config
     trainer.same(
         mlp_activations=[_GELU], local_rope_proportion=(1,), v_norm_with_scale=(False,), rope_type=("default",)
     )
-    period = config.inhomogeneous_layer_cycle_interval
-    cycle = ["sliding_attention"] * (5 if period == 1 else period - 1) + ["full_attention"]
     text = {
         "model_type": "gemma4_text",
         **trainer.sizes("gemma4_text"),
         "global_head_dim": config.global_head_dim or config.head_dim,
-        "num_global_key_value_heads": config.global_num_kv_heads or config.num_kv_heads,
+        "num_global_key_value_heads": config.global_num_kv_heads or None,
         "attention_k_eq_v": config.share_kv_projections,
-        "layer_types": (cycle * config.num_decoder_layers)[: config.num_decoder_layers],
+        "layer_types": _gemma4_layer_types(trainer),
         "sliding_window": trainer.need("sliding_window_size"),
         "rope_parameters": _gemma4_rope(trainer),
         "hidden_activation": "gelu_pytorch_tanh",
         "rms_norm_eps": trainer.need("normalization_layer_epsilon"),
         "final_logit_softcapping": trainer.need("final_logits_soft_cap") or None,
-        "hidden_size_per_layer_input": 0,
-        "num_kv_shared_layers": 0,
-        "use_double_wide_mlp": False,
+        "num_kv_shared_layers": config.num_kv_shared_layers,
+        "use_double_wide_mlp": config.use_double_wide_mlp,
         **_gemma4_experts(trainer),
+        **_gemma4_per_layer_input(trainer),
         "tie_word_embeddings": config.logits_via_embedding,
     }
     return {
@@ -163,8 +213,11 @@ _FAMILIES: Mapping[str, Callable[[_Trainer], dict[str, Any]]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
+    "qwen3_next": _qwen3_next,
+    "qwen3_5": _qwen3_5,
     "llama2": _llama,
     "gemma4": _gemma4,
+    "gemma4_small": _gemma4,
 }
 
 
