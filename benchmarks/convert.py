@@ -6,8 +6,9 @@
 Every converter runs in processes of its own, in turn, a peer's in an environment that is made on the first run, with a
 Python 3.12: MaxText's of 700 MB for Qwen3, and 4 GB, by `uv`, for Gemma4, whose converter calls tpu-inference; Tunix's
 of 1.3 GB. The copy is `np.copyto` of as many bytes into touched memory, in the same process. "numpy" is that layout by
-hand: copies between views of raw bits, on one thread (`by_hand.py`). "tunix" is the transfer that Tunix makes of
-MaxText's weights to MaxText's model inside vLLM, which has w13 fused and padded, and q, k and v apart.
+hand: copies between views of raw bits, on one thread (`by_hand.py`). "portax-stream" makes buckets of 268 MB and drops
+each. "tunix" is the transfer that Tunix makes of MaxText's weights to MaxText's model inside vLLM, which has w13 fused
+and padded, and q, k and v apart.
 
 Each row is measured twice. "Kept" is with a malloc that keeps what is freed, as the allocators of accelerators do.
 "Fresh" is with memory handed back between calls: then the system's page faults, the same for every converter, take
@@ -37,20 +38,24 @@ KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000
 ROWS = {  # converter, devices, whether results go onto the engine's mesh
     "qwen3-moe": (
         ("portax", 1, False),
+        ("portax-stream", 1, False),
         ("numpy", 1, False),
         ("maxtext", 1, False),
         ("maxtext-table", 1, False),
         ("tunix", 1, False),
         ("portax", 8, False),
+        ("portax-stream", 8, False),
         ("maxtext", 8, False),
         ("maxtext-table", 8, False),
         ("portax", 8, True),
     ),
     "gemma4": (
         ("portax", 1, False),
+        ("portax-stream", 1, False),
         ("numpy", 1, False),
         ("maxtext", 1, False),
         ("portax", 8, False),
+        ("portax-stream", 8, False),
         ("maxtext", 8, False),
     ),
 }
@@ -126,12 +131,15 @@ def main() -> None:
         "--python", default="python3.12", help="Python 3.12 or newer to make the peers' environments with"
     )
     parser.add_argument(
-        "--converters", nargs="+", default=["portax", "numpy", "maxtext", "maxtext-table", "tunix"], metavar="NAME"
+        "--converters",
+        nargs="+",
+        default=["portax", "portax-stream", "numpy", "maxtext", "maxtext-table", "tunix"],
+        metavar="NAME",
     )
     parser.add_argument("--repeat", type=int, default=5, help="warm calls of each converter")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write all figures here")
     args = parser.parse_args()
-    interpreters = {"portax": sys.executable, "numpy": sys.executable}
+    interpreters = dict.fromkeys(("portax", "portax-stream", "numpy"), sys.executable)
     console = Console(width=210)
     results = []
     for converter, devices, mesh in (row for row in ROWS[args.model] if row[0] in args.converters):

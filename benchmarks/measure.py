@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from trees import MODELS, random_tree
 
 TP = 4
+BUCKET_BYTES = 2**28
 
 
 def portax_converter(model, params, mesh):
@@ -36,6 +37,23 @@ def portax_converter(model, params, mesh):
     layout = portax.layouts.TpuInference(version="0.32", tp=TP)
     converter = portax.converter_for(model.config, layout=layout, mesh=mesh)
     return lambda: converter.convert(params)
+
+
+def portax_stream(model, params, mesh):
+    """The same in buckets, each dropped when it is there."""
+    import portax
+
+    layout = portax.layouts.TpuInference(version="0.32", tp=TP)
+    converter = portax.converter_for(model.config, layout=layout, mesh=mesh)
+
+    def stream():
+        made = []
+        for bucket in converter.stream(params, bucket_bytes=BUCKET_BYTES):
+            parts = [shard.data for leaf in jax.block_until_ready(bucket).values() for shard in leaf.addressable_shards]
+            made += [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts]
+        return made
+
+    return stream
 
 
 def maxtext_converter(model, params, mesh):
@@ -124,6 +142,7 @@ def numpy_by_hand(model, params, mesh):
 CONVERTERS = {
     "numpy": numpy_by_hand,
     "portax": portax_converter,
+    "portax-stream": portax_stream,
     "maxtext": maxtext_converter,
     "maxtext-table": maxtext_table_converter,
     "tunix": tunix_transfer,

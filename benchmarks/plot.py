@@ -12,9 +12,16 @@ from matplotlib import pyplot
 from trees import MODELS
 
 HERE = pathlib.Path(__file__).parent
-COLOURS = {"portax": "#1a7f5a", "numpy": "#8c8c8c", "maxtext": "#c2553d", "maxtext-table": "#e0a08f"}
+COLOURS = {
+    "portax": "#1a7f5a",
+    "portax-stream": "#7fbfa6",
+    "numpy": "#8c8c8c",
+    "maxtext": "#c2553d",
+    "maxtext-table": "#e0a08f",
+}
 LABELS = {
     "portax": "portax",
+    "portax-stream": "portax, in buckets",
     "numpy": "numpy by hand, one thread",
     "maxtext": "MaxText subclass",
     "maxtext-table": "MaxText rule table",

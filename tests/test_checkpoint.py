@@ -1,5 +1,6 @@
 """Checkpoints on disk: what is read, how often, and what is said of those that cannot be."""
 
+import collections
 import json
 import pathlib
 import shutil
@@ -194,6 +195,9 @@ def test_space_is_reserved_where_the_system_has_no_call_for_it(monkeypatch, tmp_
     assert (tmp_path / "scratch").read_bytes() == b"abc" + bytes(20)
 
 
+MLP = (("gate", "wi_0"), ("down", "wo"))  # the tensor between them is not asked for
+
+
 class Watched(LazyArray):
     """A lazy array that notes what is read of it."""
 
@@ -215,15 +219,16 @@ def test_a_layer_is_read_once_however_small_the_buckets():
         assert leaf.reads == at, path
 
 
-def test_only_what_is_asked_for_is_read():
+@pytest.mark.parametrize("bucket_bytes", [1, 2**30])
+def test_only_what_is_asked_for_is_read(bucket_bytes):
     params = {path: Watched(leaf) for path, leaf in filled("qwen3-0.6b.scan").items()}
     converter = portax.converter_for(tree("qwen3-0.6b.scan").config, layout=HUB)
-    name = "model.layers.2.mlp.down_proj.weight"
-    (bucket,) = converter.stream(params, bucket_bytes=1, only={name})
-    np.testing.assert_array_equal(bucket[name], params["base/decoder/layers/mlp/wo/kernel"].values[:, 2].T)
-    assert {path: len(leaf.reads) for path, leaf in params.items() if leaf.reads} == {
-        "base/decoder/layers/mlp/wo/kernel": 1
-    }
+    paths = {f"model.layers.2.mlp.{of}_proj.weight": f"base/decoder/layers/mlp/{leaf}/kernel" for of, leaf in MLP}
+    found = dict(collections.ChainMap(*converter.stream(params, bucket_bytes=bucket_bytes, only={*paths})))
+    assert {*found} == {*paths}
+    for name, path in paths.items():
+        np.testing.assert_array_equal(found[name], params[path].values[:, 2].T)
+    assert {path: len(leaf.reads) for path, leaf in params.items() if leaf.reads} == dict.fromkeys(paths.values(), 1)
 
 
 def test_each_device_reads_its_share_of_a_layer():

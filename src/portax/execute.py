@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import itertools
 from collections.abc import Container, Iterable, Iterator
 from typing import Any, TypeAlias
 
@@ -12,10 +11,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jaxtyping import Array, Shaped
 
 from portax.errors import PlanError, Problem
-from portax.layers import Kind, Layer, Section
+from portax.jobs import Job, jobs
+from portax.layers import Kind, Section
 from portax.operands import Reader
 from portax.placing import Placer
-from portax.plan import PROGRAMS_IN_FLIGHT, Entry, Plan
+from portax.plan import PROGRAMS_IN_FLIGHT, Plan
 from portax.tracing import Hooks, hold, layer_leaves
 from portax.traffic import received_bytes
 from portax.trainer_state import TrainerState
@@ -40,41 +40,6 @@ def check_arrays(state: TrainerState) -> None:
         problems.append(Problem("params", found, "all leaves on the same devices, in one order", cause))
     if problems:
         raise PlanError(problems)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Some of the tensors of one layer, made by one call of a program.
-
-    Attributes:
-        section: The section that the layer belongs to.
-        layer: The layer.
-        tensors: Which of the layer's tensors.
-        entries: Those tensors, as planned.
-        last: Whether no other job of this layer comes after this one.
-    """
-
-    section: Section
-    layer: Layer
-    tensors: slice
-    entries: tuple[Entry, ...]
-    last: bool
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all of them."""
-        return sum(entry.nbytes for entry in self.entries)
-
-    def needs(self, leaf: str) -> bool:
-        """Whether any of them is made of this leaf, given by its path relative to the layer."""
-        path = self.layer.path(leaf)
-        return any(source.endswith(path) for entry in self.entries for source in entry.sources)
-
-    @property
-    def source_sharding(self) -> Sharding | None:
-        """Where the trainer has the leaves that they are made of; None for host memory."""
-        leaves = self.section.arrays(self.layer)
-        return next((leaf.sharding for leaf in leaves if getattr(leaf, "sharding", None) is not None), None)
 
 
 Arrays: TypeAlias = tuple[Shaped[Array, "..."], ...]
@@ -150,17 +115,13 @@ class Executor:
         in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
         bucket: dict[str, jax.Array] = {}
         size = 0
-        for job in jobs(plan, sections, bucket_bytes):
-            if only is not None and not any(entry.name in only for entry in job.entries):
-                continue
+        for job in jobs(plan, sections, bucket_bytes, only):
             if bucket and (bucket_bytes is None or size + job.nbytes > bucket_bytes):
                 yield bucket
                 bucket, size = {}, 0
             if len(in_flight) == PROGRAMS_IN_FLIGHT:  # what a consumer has already donated is ready
                 jax.block_until_ready([leaf for leaf in in_flight.popleft().values() if not leaf.is_deleted()])
             finished = self._run(job)
-            if only is not None:
-                finished = {name: leaf for name, leaf in finished.items() if name in only}
             in_flight.append(finished)
             bucket |= finished
             size += job.nbytes
@@ -306,26 +267,6 @@ def _sliced_shardings(kind: Kind, arrays: tuple[Any, ...], scan_axis: int) -> tu
         return NamedSharding(sharding.mesh, PartitionSpec(*axes))
 
     return tuple(sliced(leaf) for leaf in arrays)
-
-
-def jobs(plan: Plan, sections: Iterable[Section], bucket_bytes: int | None) -> Iterator[Job]:
-    """The work of a plan, in order: a layer at a time, or parts of one where it is larger than a bucket."""
-    entries = iter(plan.entries)
-    for section, count in zip(sections, plan.tensors_per_layer, strict=True):
-        for layer in section.layers:
-            mine = tuple(itertools.islice(entries, count))
-            for chosen in _cuts(mine, bucket_bytes):
-                yield Job(section, layer, chosen, mine[chosen], last=chosen.stop == count)
-
-
-def _cuts(entries: tuple[Entry, ...], most: int | None) -> Iterator[slice]:
-    start = size = 0
-    for i, entry in enumerate(entries):
-        if most is not None and i > start and size + entry.nbytes > most:
-            yield slice(start, i)
-            start, size = i, 0
-        size += entry.nbytes
-    yield slice(start, len(entries))
 
 
 def _auto(mesh: Mesh) -> Mesh:

@@ -34,7 +34,9 @@ def unscan(
         axes: The scan axes, in the order of `position`.
     """
     for level in sorted(range(len(axes)), key=lambda level: -axes[level]):
-        stack = lax.dynamic_index_in_dim(stack, position[level], axes[level], keepdims=False)
+        stack = lax.dynamic_index_in_dim(
+            stack, position[level], axes[level], keepdims=False, allow_negative_indices=False
+        )
     return stack
 
 

@@ -1,5 +1,6 @@
 """What a hook sees: the leaves of one layer, read by path, checked against the config, sliced on read."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -108,7 +109,7 @@ class Leaves:
         _, sharding = self._read.get(id(array), (None, None))
         return sharding
 
-    @property
+    @functools.cached_property
     def zero(self) -> Bool[Array, ""]:
         """False, in a way that no compiler can know; see `kernels.seal`."""
         return self._position[0] < 0

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from portax.base import BaseConverter
-from portax.execute import Job
+from portax.jobs import Job
 from portax.tables import new_table, render, size
 from portax.trainer_mesh import partition
 

@@ -8,8 +8,9 @@ import jax
 from portax import live
 from portax.base import BaseConverter
 from portax.errors import PlanError, Problem, SyncError
-from portax.execute import Arrays, Conversion, Job, check_arrays, device_order, on_sharding
+from portax.execute import Arrays, Conversion, check_arrays, device_order, on_sharding
 from portax.fingerprint import fingerprints
+from portax.jobs import Job
 from portax.routes import Bridge, Local, route_between
 from portax.sync_report import PHASES, SyncReport, Torn, Verification, peak_bytes
 from portax.timing import timed
