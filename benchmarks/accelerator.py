@@ -10,9 +10,6 @@ calls; GB/s are of what is written, and the copy is `jnp.copy` of every leaf of 
 
 import argparse
 import dataclasses
-import json
-import os
-import pathlib
 import platform
 import statistics
 import time
@@ -21,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import record
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -110,20 +108,19 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, help="default: the model's")
     parser.add_argument("--bucket-bytes", type=int, default=2**30)
     parser.add_argument("--repeat", type=int, default=5, help="warm calls of each row")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write all figures here")
+    record.add_json(parser)
     args = parser.parse_args()
     sizes = {field: getattr(args, name) for name, field in SMALLER.items() if getattr(args, name) is not None}
     config = dataclasses.replace(portax.ModelConfig.of(config_path(args.model)), **sizes)
     found = measured(config, args.bucket_bytes, args.repeat)
     device = jax.devices()[0]
-    machine = f"{device.platform} {device.device_kind}, {os.cpu_count()} cores of {platform.machine()}"
+    where = f"{device.platform} {device.device_kind}, {record.machine()}"
     versions = f"JAX {jax.__version__}, Python {platform.python_version()}"
     console = Console(width=120)
     gigabytes = f"{found['bytes_in'] / 1e9:.2f} GB in, {found['bytes_out'] / 1e9:.2f} GB out"
-    console.print(f"{args.model} {sizes or 'at its real size'}, {gigabytes}; {machine}; {versions}")
+    console.print(f"{args.model} {sizes or 'at its real size'}, {gigabytes}; {where}; {versions}")
     console.print(table(found))
-    if args.json:
-        args.json.write_text(json.dumps({"model": args.model, "sizes": sizes, "machine": machine, **found}) + "\n")
+    record.write(args.json, {"model": args.model, "sizes": sizes, "device": device.device_kind, **found})
 
 
 if __name__ == "__main__":

@@ -16,15 +16,14 @@ more time than the conversion. The peak is from there.
 """
 
 import argparse
-import datetime
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
 
+import record
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -137,7 +136,7 @@ def main() -> None:
         metavar="NAME",
     )
     parser.add_argument("--repeat", type=int, default=5, help="warm calls of each converter")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write all figures here")
+    record.add_json(parser)
     args = parser.parse_args()
     interpreters = dict.fromkeys(("portax", "portax-stream", "numpy"), sys.executable)
     console = Console(width=210)
@@ -150,13 +149,9 @@ def main() -> None:
             kept = measure(python, args.model, (converter, devices, mesh), args.repeat, keep=True)
             fresh = measure(python, args.model, (converter, devices, mesh), args.repeat, keep=False)
         results.append({"converter": converter, "devices": devices, "mesh": mesh, "kept": kept, "fresh": fresh})
-    machine = f"{os.cpu_count()} cores of {platform.machine()}, {platform.platform()}"
-    console.print(f"{machine}; medians of {args.repeat}")
+    console.print(f"{record.machine()}; medians of {args.repeat}")
     console.print(table(args.model, results))
-    if args.json:
-        today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        found = {"model": args.model, "machine": machine, "date": today, "rows": results}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    record.write(args.json, {"model": args.model, "rows": results})
 
 
 if __name__ == "__main__":

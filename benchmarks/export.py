@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 
+import record
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=CONFIG["num_decoder_layers"], help="default: %(default)s, 6 GB")
     parser.add_argument("--vocabulary", type=int, default=CONFIG["vocab_size"], help="default: %(default)s rows")
     parser.add_argument("--rounds", type=int, default=2, help="the best of how many; default: %(default)s")
+    record.add_json(parser)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -134,35 +136,43 @@ def main() -> None:
             print(json.dumps(export(*paths, config, rest[2] or None)))
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        table = measured(pathlib.Path(folder), (args.layers, args.vocabulary), args.rounds)
-    Console(width=100).print(table)
+        rows = measured(pathlib.Path(folder), (args.layers, args.vocabulary), args.rounds)
+    Console(width=100).print(table(rows))
+    record.write(args.json, {"layers": args.layers, "vocabulary": args.vocabulary, "rows": rows})
 
 
-def measured(folder: pathlib.Path, sizes: tuple[int, int], rounds: int) -> Table:
-    """One row for a copy, one for each dtype of an export of so many layers and rows of the vocabulary."""
+def measured(folder: pathlib.Path, sizes: tuple[int, int], rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Rounds of a copy, and of each dtype of an export of so many layers and rows of the vocabulary."""
     source, out = folder / "checkpoint", folder / "out"
     made = json.dumps(["save", str(source), *map(str, sizes)])
     subprocess.run([sys.executable, __file__, "--child", made], check=True)
     nbytes = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
-    table = Table("", "seconds", "CPU s", "read + written, GB/s", "x cp", "memory, GB", box=box.SIMPLE_HEAD)
-    baseline = 0.0
+    rows: dict[str, list[dict[str, float]]] = {}
     for name, dtype in (("cp -r", None), ("export, float32", ""), ("export, bfloat16", "bfloat16")):
-        runs = []
         for _ in range(rounds):
             forget(source)
-            runs.append(copy(source, out) if dtype is None else child("export", source, out, dtype, *sizes))
+            run = copy(source, out) if dtype is None else child("export", source, out, dtype, *sizes)
             written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+            rows.setdefault(name, []).append({**run, "bytes": nbytes + written})
             forget(out)
             shutil.rmtree(out)
+    return rows
+
+
+def table(rows: dict[str, list[dict[str, float]]]) -> Table:
+    """The best round of each row."""
+    shown = Table("", "seconds", "CPU s", "read + written, GB/s", "x cp", "memory, GB", box=box.SIMPLE_HEAD)
+    baseline = 0.0
+    for name, runs in rows.items():
         best = min(runs, key=lambda run: run["seconds"])
         seconds = best["seconds"]
         baseline = baseline or seconds
-        rate = (nbytes + written) / seconds / 1e9
+        rate = best["bytes"] / seconds / 1e9
         memory = max(run["memory"] for run in runs) / 1e9
-        table.add_row(
+        shown.add_row(
             name, f"{seconds:.1f}", f"{best['cpu']:.1f}", f"{rate:.2f}", f"{seconds / baseline:.2f}", f"{memory:.2f}"
         )
-    return table
+    return shown
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ finds the programs of an earlier one in JAX's persistent cache.
 import argparse
 import json
 import os
-import pathlib
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
+import record
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -145,7 +144,7 @@ def main() -> None:
     """Runs all rows and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=5, help="processes for each figure; default: %(default)s")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write all figures here")
+    record.add_json(parser)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -154,7 +153,7 @@ def main() -> None:
         return
     rows = measured(args.repeat)
     console = Console(width=120)
-    console.print(f"{os.cpu_count()} cores of {platform.machine()}, {platform.platform()}; medians of {args.repeat}")
+    console.print(f"{record.machine()}; medians of {args.repeat}")
     found = rows["imports"]
     console.print(f"import jax {found['jax_s']:.2f} s, portax beyond it {found['portax_s']:.2f} s")
     found = rows["plan"]
@@ -171,8 +170,7 @@ def main() -> None:
             counts = [f"{found['programs']:.0f}", f"{found['from_disk']:.0f}"]
             shown.add_row(row, *seconds, *counts, f"{found['second_s']:.3f}")
     console.print(shown)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    record.write(args.json, {"rows": rows})
 
 
 if __name__ == "__main__":

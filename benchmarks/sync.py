@@ -9,7 +9,6 @@ several devices included, into touched memory, in the same process.
 
 import argparse
 import json
-import os
 import pathlib
 import platform
 import statistics
@@ -19,6 +18,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import record
 from jax.sharding import Mesh, NamedSharding
 from measure import TP, _resident, timed
 from rich import box
@@ -101,7 +101,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="qwen3-moe")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
+    record.add_json(parser)
     parser.add_argument("--row", choices=[*ROWS, "many"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
@@ -110,9 +110,6 @@ def main():
         return
     rows = {row: child("--row", row, "--model", args.model, "--repeat", str(args.repeat)) for row in ROWS}
     tiny = child("--row", "many")
-    if args.json:
-        print(json.dumps({"model": args.model, "rows": rows, "many": tiny}))
-        return
     shown = Table(box=box.SIMPLE, title=f"{MODELS[args.model].title}, bfloat16, tp {TP}")
     for column in ("sync", "first s", "warm s", "x copy", "GB written", "GB between devices", "extra GB", "bucket GB"):
         shown.add_column(column, justify="left" if column == "sync" else "right")
@@ -128,7 +125,8 @@ def main():
         f"{TIMES} syncs of {TINY}, one device: {early:.2f} ms each at first, {late:.2f} ms at last (medians of 100); "
         f"resident memory grew by {growth:.1f} MB from the 100th to the last"
     )
-    console.print(f"{os.cpu_count()} x {platform.machine()}, JAX {jax.__version__}, Python {platform.python_version()}")
+    console.print(f"{record.machine()}, JAX {jax.__version__}, Python {platform.python_version()}")
+    record.write(args.json, {"model": args.model, "rows": rows, "many": tiny})
 
 
 if __name__ == "__main__":

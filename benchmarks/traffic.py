@@ -9,13 +9,12 @@ and has not. "Written" is what the engine holds; temporaries are the largest pro
 """
 
 import argparse
-import json
 import os
-import pathlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax
 import jax.numpy as jnp
+import record
 from jax.sharding import NamedSharding
 from rich import box
 from rich.console import Console
@@ -89,7 +88,7 @@ def main() -> None:
     """Compiles everything and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=8, help="how many to simulate (default: %(default)s)")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write all figures here")
+    record.add_json(parser)
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.devices)
@@ -98,8 +97,7 @@ def main() -> None:
     console = Console(width=180)
     console.print(f"{args.devices} simulated devices, JAX {jax.__version__}")
     console.print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    record.write(args.json, {"devices": args.devices, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Container, Iterable, Iterator
 from typing import Any, TypeAlias
 
@@ -269,6 +270,7 @@ def _sliced_shardings(kind: Kind, arrays: tuple[Any, ...], scan_axis: int) -> tu
     return tuple(sliced(leaf) for leaf in arrays)
 
 
+@functools.lru_cache
 def _auto(mesh: Mesh) -> Mesh:
     """The same devices and axes, partitioned by the compiler: constraints and packing need no types for that."""
     return Mesh(mesh.devices, mesh.axis_names)
@@ -296,7 +298,7 @@ def _automatic(leaf: Any) -> Any:
 
 def on_sharding(leaf: jax.Array, sharding: Sharding) -> jax.Array:
     """The same shards under a sharding that differs in its spelling or in the types of its axes; nothing is copied."""
-    if leaf.sharding is sharding:
+    if leaf.sharding == sharding:
         return leaf
     shards = [shard.data for shard in leaf.addressable_shards]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)

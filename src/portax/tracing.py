@@ -1,7 +1,9 @@
 """From a section of the trainer's tree to the engine's tensors: for real inside a program, or abstractly in a plan."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import operator
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -110,25 +112,25 @@ def trace(hooks: Hooks, section: Section) -> Trace:
     )
     position = jax.ShapeDtypeStruct((max(len(kind.scan), 1),), jnp.int32)
     jaxpr, (tensors, _) = jax.make_jaxpr(one_layer, return_shape=True)(shapes, position)
-    inputs = frozenset(range(len(kind.paths)))  # the position comes after them
-    sources = [tuple(kind.paths[i] for i in sorted(feeds & inputs)) for feeds in _provenance(jaxpr.jaxpr)]
+    marks = [*(1 << i for i in range(len(kind.paths))), 0]  # the position comes last
+    reached = _reached(jaxpr.jaxpr, marks)
+    sources = [tuple(path for path, bit in zip(kind.paths, marks, strict=False) if bit & mark) for mark in reached]
     used = frozenset().union(*sources)
     return Trace(tensors, tuple(sources[: len(tensors)]), used, tuple(problems))
 
 
-def _provenance(jaxpr: Jaxpr) -> list[frozenset[int]]:
-    """For each output, the inputs that its value depends on."""
-    feeds = {variable: frozenset({i}) for i, variable in enumerate(jaxpr.invars)}
+def _reached(jaxpr: Jaxpr, marks: Iterable[int]) -> list[int]:
+    """The bits that mark a program's inputs, joined for each output in those that its value depends on."""
+    of: dict[Any, int] = dict(zip(jaxpr.invars, marks, strict=True))
 
-    def of(atom: Any) -> frozenset[int]:
-        return frozenset() if isinstance(atom, Literal) else feeds.get(atom, frozenset())
+    def mark(atom: Any) -> int:
+        return 0 if isinstance(atom, Literal) else of.get(atom, 0)
 
     for equation in jaxpr.eqns:
-        inputs = [of(atom) for atom in equation.invars]
+        given = [mark(atom) for atom in equation.invars]
         if equation.primitive.name in ("jit", "pjit"):
-            inner = _provenance(equation.params["jaxpr"].jaxpr)
-            outputs = [frozenset().union(*(inputs[i] for i in indices)) for indices in inner]
+            made = _reached(equation.params["jaxpr"].jaxpr, given)
         else:
-            outputs = [frozenset().union(*inputs)] * len(equation.outvars)
-        feeds |= zip(equation.outvars, outputs, strict=True)
-    return [of(atom) for atom in jaxpr.outvars]
+            made = [functools.reduce(operator.or_, given, 0)] * len(equation.outvars)
+        of.update(zip(equation.outvars, made, strict=True))
+    return [mark(atom) for atom in jaxpr.outvars]
