@@ -43,6 +43,11 @@ class _Trainer:
         """The fields that the hub has under other names."""
         return {key: getattr(self.config, name) for name, key in hub_keys(model_type).items()}
 
+    def layer_types(self, kind: str, period: int) -> list[str]:
+        """Layers of this kind of attention, the last of every period of full attention."""
+        depth = self.config.num_decoder_layers
+        return ([kind] * (period - 1) + ["full_attention"]) * (depth // period) + [kind] * (depth % period)
+
     def plain(self, model_type: str, architecture: str, **rope: Any) -> dict[str, Any]:
         """A decoder with one kind of attention."""
         self.same(mlp_activations=[_SILU], sliding_window_size=(0,))
@@ -96,12 +101,10 @@ def _experts_everywhere(trainer: _Trainer) -> dict[str, Any]:
 def _hybrid(trainer: _Trainer, model_type: str, architecture: str) -> dict[str, Any]:
     """Gated delta nets with full attention in the last layer of a cycle, and a shared expert beside the others."""
     trainer.same(**_UNSCALED, attention_bias=(False,), use_qk_norm_in_gdn=(True,), shared_experts=(1,))
-    config = trainer.config
-    cycle = ["linear_attention"] * (config.inhomogeneous_layer_cycle_interval - 1) + ["full_attention"]
     rotary = trainer.need("partial_rotary_factor")
     return trainer.plain(model_type, architecture, partial_rotary_factor=rotary) | {
-        "layer_types": (cycle * config.num_decoder_layers)[: config.num_decoder_layers],
-        "shared_expert_intermediate_size": config.moe_mlp_dim,
+        "layer_types": trainer.layer_types("linear_attention", trainer.config.inhomogeneous_layer_cycle_interval),
+        "shared_expert_intermediate_size": trainer.config.moe_mlp_dim,
     }
 
 
@@ -166,14 +169,12 @@ def _gemma4_per_layer_input(trainer: _Trainer) -> dict[str, Any]:
 
 
 def _gemma4_layer_types(trainer: _Trainer) -> list[str]:
-    config = trainer.config
-    period = config.inhomogeneous_layer_cycle_interval
-    if period == 1 and config.hidden_size_per_layer_input:
+    period = trainer.config.inhomogeneous_layer_cycle_interval
+    if period == 1 and trainer.config.hidden_size_per_layer_input:
         trainer.problems.append(
             "inhomogeneous_layer_cycle_interval: 1; MaxText goes by the model's name, so give it: 5 for E2B, 6 for E4B"
         )
-    cycle = ["sliding_attention"] * (5 if period == 1 else period - 1) + ["full_attention"]
-    return (cycle * config.num_decoder_layers)[: config.num_decoder_layers]
+    return trainer.layer_types("sliding_attention", 6 if period == 1 else period)
 
 
 def _gemma4(trainer: _Trainer) -> dict[str, Any]:
