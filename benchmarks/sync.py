@@ -72,7 +72,7 @@ def measured(row, model, repeat):
         "written_bytes": sum(to.nbytes for to, _ in buffers),
         "moved_bytes": report.bytes_moved,
         "extra_bytes": max(peaks),
-        "bucket_bytes": max(job.nbytes for job in converter.conversion(params).jobs(2**30)),
+        "job_bytes": max(job.nbytes for job in converter.conversion(params).jobs(2**30)),
     }
 
 
@@ -111,11 +111,11 @@ def main():
     rows = {row: child("--row", row, "--model", args.model, "--repeat", str(args.repeat)) for row in ROWS}
     tiny = child("--row", "many")
     shown = Table(box=box.SIMPLE, title=f"{MODELS[args.model].title}, bfloat16, tp {TP}")
-    for column in ("sync", "first s", "warm s", "x copy", "GB written", "GB between devices", "extra GB", "bucket GB"):
+    for column in ("sync", "first s", "warm s", "x copy", "GB written", "GB between devices", "extra GB", "job GB"):
         shown.add_column(column, justify="left" if column == "sync" else "right")
     for row, found in rows.items():
         warm, copy = statistics.median(found["warm_s"]), statistics.median(found["copy_s"])
-        sizes = [found[f"{what}_bytes"] / 1e9 for what in ("written", "moved", "extra", "bucket")]
+        sizes = [found[f"{what}_bytes"] / 1e9 for what in ("written", "moved", "extra", "job")]
         shown.add_row(row, f"{found['first_s']:.2f}", f"{warm:.2f}", f"{warm / copy:.1f}", *(f"{x:.2f}" for x in sizes))
     console = Console(width=120)
     console.print(shown)
