@@ -1,4 +1,4 @@
-"""`portax validate`, up to where an engine is loaded; `tests/live/check_validate.py` goes on with real ones."""
+"""`portax validate`, up to where an engine is loaded; `tests/logits/check_tokens.py` goes on with real ones."""
 
 import json
 import sys

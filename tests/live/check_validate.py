@@ -1,128 +1,26 @@
-"""`portax validate` on real MaxText checkpoints must generate MaxText's own greedy tokens, by margins like MaxText's.
+"""The engine of `portax validate --engine vllm`, given an `LLM` that runs on simulated devices, must generate MaxText's tokens.
 
-    python tests/live/check_validate.py [CHECK ...]      (in an environment made by `.ci/live`; exit code 1 if they differ)
+    python tests/live/check_validate.py      (in an environment made by `.ci/live`; exit code 1 if they differ)
 
-Every checkpoint under tests/checkpoints comes with prompts, MaxText's continuations, and by how much each token was the best
-(`oracle/greedy_maxtext.py`). `text`: a prompt of words, by a tokenizer that spells token ids. `control`: with the heads of
-the queries in another order no continuation may pass as MaxText's. `vllm`: the engine of `--engine vllm`, given an `LLM` that
-runs on simulated devices.
+`tests/logits/check_tokens.py` does the same, and more, with transformers.
 """
 
-import contextlib
-import io
-import json
+import dataclasses
 import pathlib
+import shutil
 import sys
 import tempfile
 
 import cases
 
-CHECKPOINTS = cases.ROOT / "tests" / "checkpoints"
-DENSE, MOE = "qwen3-0.6b.scan", "qwen3-30b-a3b.scan"
-NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
-CHECKS = (*NAMES, "text", "control", "vllm")
-UNTIED = 4e-4  # two frameworks sum float32 products in different orders; see check_logits.py
-TIED = 0.125  # MaxText rounds the table to bfloat16 where it serves as the head; transformers does not
+sys.path.insert(0, str(cases.ROOT / "tests" / "logits"))
 BFLOAT16 = 0.5  # what the engine computes in bfloat16 decides nothing where MaxText's margin is larger
 
 
-def recorded(name):
-    """The hub's config of a checkpoint, and what MaxText generated."""
-    files = ("hf_config.json", "greedy.json")
-    return [json.loads((CHECKPOINTS / name / file).read_text()) for file in files]
-
-
-def report(name, done, expected, tolerance):
-    """Prints one line; whether tokens and margins are MaxText's."""
-    farthest = max(abs(a - b) for a, b in zip(done["margins"], expected["margins"], strict=True))
-    good = list(done["tokens"]) == expected["tokens"] and farthest <= tolerance
-    sys.stdout.write(
-        f"{name:22} {len(done['prompt']):2} tokens, then {list(done['tokens'])}; margins within {farthest:.1e}  "
-        f"{'as MaxText' if good else 'NOT AS MAXTEXT: ' + str(expected['tokens'])}\n"
-    )
-    return good
-
-
-def command(name, length, *prompt):
-    """What `portax validate --json` prints."""
-    from portax import cli
-
-    folder = CHECKPOINTS / name
-    arguments = ["--config", folder / "maxtext_config.json", "--hub-config", folder / "hf_config.json"]
-    arguments += [*prompt, "--max-new-tokens", length, "--json"]
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        code = cli.main(cli.parse(["portax", "validate", *map(str, [folder / "orbax", *arguments])]))
-    if code:
-        raise SystemExit(f"{name}: portax validate ends with exit code {code}")
-    return json.loads(out.getvalue())
-
-
-def check_checkpoint(name):
-    """Whether the command generates what MaxText does; a `<bos>` is left for it to put in front."""
-    import jax
-
-    hub, greedy = recorded(name)
-    text = hub.get("text_config", hub)
-    good = []
-    with tempfile.TemporaryDirectory() as programs:  # so that the second and third run compile nothing
-        jax.config.update("jax_compilation_cache_dir", programs)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        for expected in greedy:
-            bare = [token for token in expected["prompt"] if token != text["bos_token_id"]]
-            done = command(name, len(expected["tokens"]), "--tokens", ",".join(map(str, bare)))
-            if done["prompt"] != expected["prompt"]:
-                sys.stdout.write(f"{name}: the prompt is {done['prompt']}, not {expected['prompt']}\n")
-                return False
-            good.append(report(name, done, expected, TIED if hub["tie_word_embeddings"] else UNTIED))
-    return all(good)
-
-
-def check_text():
-    """Whether text goes in and comes out by the tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    hub, (expected, *_) = recorded(DENSE)
-    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(hub["vocab_size"])}))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-
-    def text(tokens):
-        return " ".join(f"w{token}" for token in tokens)
-
-    with tempfile.TemporaryDirectory() as folder:
-        PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
-        done = command(DENSE, len(expected["tokens"]), "--prompt", text(expected["prompt"]), "--tokenizer", folder)
-    sys.stdout.write(f"text: {text(expected['prompt'])} -> {done['text']}\n")
-    return done["text"] == text(expected["tokens"])
-
-
-def check_control():
-    """Whether wrong weights tell in tokens and margins."""
-    import dataclasses
-
-    import numpy as np
-
-    import portax
-    from portax.integrations.transformers import Transformers
-    from portax.validation import validate
-
-    hub, greedy = recorded(MOE)  # untied, so held to the narrow tolerance
-    params = {path: leaf[...] for path, leaf in portax.open_checkpoint(CHECKPOINTS / MOE / "orbax").items()}
-    queries = "base/decoder/layers/self_attention/query/kernel"
-    params[queries] = np.flip(params[queries], 2).copy()
-    passed = []
-    for expected in greedy:
-        done = validate(params, hub, expected["prompt"], engine=Transformers(), max_new_tokens=len(expected["tokens"]))
-        passed.append(report("heads in another order", dataclasses.asdict(done), expected, UNTIED))
-    return not any(passed)
-
-
-def check_vllm():
+def check():
     """Whether an engine with random weights, synced by `Vllm`, generates what MaxText does."""
-    import dataclasses
-    import shutil
-
-    import live_engine
+    import live_engine  # before JAX is used: it sets up the simulated devices
+    from check_tokens import CHECKPOINTS, DENSE, recorded, report
 
     from portax import validation
     from portax.integrations.vllm import Vllm
@@ -135,8 +33,7 @@ def check_vllm():
     for expected in greedy:
         length = next((i for i, m in enumerate(expected["margins"]) if m < BFLOAT16), len(expected["margins"]))
         clear = {key: expected[key][:length] for key in ("tokens", "margins")}
-        checkpoint = CHECKPOINTS / DENSE / "orbax"
-        job = validation.prepare(checkpoint, hub, expected["prompt"], max_new_tokens=length)
+        job = validation.prepare(CHECKPOINTS / DENSE / "orbax", hub, expected["prompt"], max_new_tokens=length)
         done = validation.carry_out(job, Vllm(llm))
         good.append(report("vllm", dataclasses.asdict(done), clear, BFLOAT16))
     sys.stdout.write(f"{done}\n")
@@ -144,14 +41,4 @@ def check_vllm():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--check"]:
-        name = sys.argv[2]
-        if name == "vllm":
-            import live_engine  # noqa: F401  before JAX is used: it sets up the simulated devices
-        else:
-            import torch
-
-            torch.cuda.is_current_stream_capturing = lambda: False  # the environment's CUDA libraries are stubs
-        good = check_checkpoint(name) if name in NAMES else globals()[f"check_{name}"]()
-        cases.leave(0 if good else 1)
-    sys.exit(cases.checks(__file__, CHECKS, sys.argv[1:]))
+    cases.leave(0 if check() else 1)
