@@ -15,7 +15,6 @@ from conftest import CHECKPOINTS, filled, mesh, nested, tree
 from jax.sharding import NamedSharding, PartitionSpec
 
 import portax
-from portax import disk
 from portax.lazy import LazyArray
 from portax.orbax_files import StoredArray
 from portax.scratch import Scratch
@@ -183,16 +182,6 @@ def test_a_stack_is_decoded_once_whatever_its_chunks(shape, chunk, axes, slab_by
         if first[position].ndim:
             np.testing.assert_array_equal(unstacked.read(position, (slice(1, 2),)), first[position][1:2])
     assert [*tmp_path.iterdir()] == []
-
-
-def test_space_is_reserved_where_the_system_has_no_call_for_it(monkeypatch, tmp_path):
-    monkeypatch.delattr("os.posix_fallocate")
-    monkeypatch.setattr("portax.disk._ZEROS", 7)
-    with (tmp_path / "scratch").open("wb+") as file:
-        file.write(b"abc")
-        file.flush()
-        disk.reserve(file.fileno(), 3, 20)
-    assert (tmp_path / "scratch").read_bytes() == b"abc" + bytes(20)
 
 
 MLP = (("gate", "wi_0"), ("down", "wo"))  # the tensor between them is not asked for

@@ -141,7 +141,7 @@ def test_an_interrupted_command_goes_on(tmp_path, capsys, caplog, monkeypatch):
     assert "interrupted; what is whole is kept in" in caplog.text
     assert not (tmp_path / "o").exists()
     assert command(*args) == 0
-    assert "9 of them from before" in capsys.readouterr().out
+    assert "in 8 files, 8 of them from before" in capsys.readouterr().out
 
 
 def test_inspect_names_the_family(capsys):

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import weakref
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +58,36 @@ def assert_same(tensors, expected):
     assert tensors.keys() == expected.keys()
     for name, leaf in expected.items():
         np.testing.assert_array_equal(tensors[name], leaf)
+
+
+@pytest.mark.parametrize(
+    ("name", "stacks", "together"),
+    [
+        ("qwen3-0.6b.scan", 11, 1),
+        ("qwen3-30b-a3b.scan", 12, 3),
+        ("gemma4-31b.scan", 27, 1),
+        ("qwen3.5-35b-a3b.scan", 67, 2),
+    ],
+)
+def test_few_stacks_are_in_the_scratch_at_a_time(name, stacks, together, out, monkeypatch):
+    """Tensors of experts alternate between stacks, or are made of two; else one stack is done with before the next."""
+    made, make = [], tempfile.TemporaryFile
+
+    def temporary_file(**options):
+        file = make(**options)
+        made.append(weakref.ref(file))
+        alive.append(sum(ref() is not None for ref in made))
+        return file
+
+    alive = []
+    monkeypatch.setattr("portax.scratch.tempfile.TemporaryFile", temporary_file)
+    config = json.loads((CHECKPOINTS / name / "maxtext_config.json").read_text())
+    converter = portax.converter_for(config, layout=portax.layouts.HuggingFace())
+    checkpoint = opened(CHECKPOINTS / name / "orbax")
+    portax.export(converter, checkpoint, out)
+    assert_same(read(out), converter.convert({path: leaf[...] for path, leaf in checkpoint.items()}))
+    assert (len(made), max(alive)) == (stacks, together)
+    assert [ref() for ref in made] == [None] * stacks
 
 
 class StopHere(KeyboardInterrupt):

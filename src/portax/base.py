@@ -243,9 +243,7 @@ class BaseConverter(PlainDecoder):
         strict_dtype: bool | None,
         only: Container[str] | None = None,
     ) -> Iterator[Weights]:
-        conversion = self.conversion(params, strict_dtype=strict_dtype)
-        execute.check_arrays(conversion.state)
-        return self._executor.run(conversion.plan, conversion.sections, bucket_bytes, only)
+        return self.conversion(params, strict_dtype=strict_dtype).buckets(bucket_bytes, only)
 
     def sections(self, state: trainer_state.TrainerState) -> tuple[layers.Section, ...]:
         """The layers of each kind in a flat state.

@@ -60,9 +60,9 @@ def open_checkpoint(path: str | os.PathLike, *, scratch: str | os.PathLike | Non
     Args:
         path: An Orbax checkpoint (its tree, its step, or a run with one step; a folder or a URL that Orbax takes), or
             safetensors of a trainer's parameters by path (a file, or a folder with an index).
-        scratch: Folder for a temporary file, as large as the leaves that are read in parts smaller than their chunks:
+        scratch: Folder for temporary files, as large as the leaves that are read in parts smaller than their chunks:
             stacks whose chunks hold several layers each, a large vocabulary, what a mesh cuts finer than Orbax did.
-            None for the system's. It is made when the first such part is read.
+            None for the system's. Each is made when the first such part of its leaf is read.
 
     Returns:
         The checkpoint.

@@ -9,7 +9,6 @@ from jaxtyping import Shaped
 
 PART = ".part"
 """Ends the name of a file that is being written."""
-_ZEROS = 2**24
 
 
 def write_at(descriptor: int, values: Shaped[np.ndarray, "..."], offset: int) -> None:
@@ -20,18 +19,18 @@ def write_at(descriptor: int, values: Shaped[np.ndarray, "..."], offset: int) ->
         done += os.pwrite(descriptor, view[done:], offset + done)
 
 
-def reserve(descriptor: int, offset: int, nbytes: int) -> None:
-    """Has the disk set space aside: what is written there through a mapping cannot find it full, which is fatal.
+def read_at(descriptor: int, into: Shaped[np.ndarray, "..."], offset: int) -> None:
+    """Fills a contiguous array, in C order, from an offset in bytes.
 
     Raises:
-        OSError: There is no space.
+        OSError: The file ends before.
     """
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, offset, nbytes)
-        return
-    zeros = np.zeros(min(nbytes, _ZEROS), np.uint8)
-    for start in range(0, nbytes, _ZEROS):
-        write_at(descriptor, zeros[: nbytes - start], offset + start)
+    view = into.reshape(-1).view(np.uint8).data
+    done = 0
+    while done < len(view):
+        if not (count := os.preadv(descriptor, [view[done:]], offset + done)):
+            raise OSError(errno.EIO, "the file is shorter than what was written to it")
+        done += count
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

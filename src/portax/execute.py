@@ -69,6 +69,23 @@ class Conversion:
         """
         return jobs(self.plan, self.sections, bucket_bytes and max(bucket_bytes // 2, 1))
 
+    def buckets(
+        self, bucket_bytes: int | None, only: Container[str] | None = None, *, by_stack: bool = False
+    ) -> Iterator[dict[str, Shaped[Array, "..."]]]:
+        """All weights, or some of them, made when they are asked for.
+
+        Args:
+            bucket_bytes: Most bytes in a bucket, where leaves permit; None makes each layer a bucket.
+            only: Names of the weights that are wanted; None for all.
+            by_stack: In the order of the trainer's stacks instead of layer by layer; see `jobs`.
+
+        Raises:
+            PlanError: There are shapes in place of values, or leaves on different devices.
+        """
+        check_arrays(self.state)
+        work = jobs(self.plan, self.sections, bucket_bytes, only, by_stack=by_stack)
+        return self.executor.run(work, bucket_bytes)
+
     def make(self, job: Job, targets: tuple[Sharding, ...], donors: Arrays = ()) -> Arrays:
         """As `Executor.make`."""
         return self.executor.make(job, targets, donors)
@@ -102,27 +119,25 @@ class Executor:
         self._positions: dict[Any, jax.Array] = {}
         self._reader = Reader(hooks.config.param_scan_axis)
 
-    def run(
-        self, plan: Plan, sections: Iterable[Section], bucket_bytes: int | None, only: Container[str] | None = None
-    ) -> Iterator[dict[str, Shaped[Array, "..."]]]:
+    def run(self, work: Iterable[Job], bucket_bytes: int | None) -> Iterator[dict[str, Shaped[Array, "..."]]]:
         """Converts bucket by bucket.
 
         Args:
-            plan: A plan of these sections.
-            sections: The trainer's weights.
-            bucket_bytes: Most bytes in a bucket, where leaves permit; None makes each layer a bucket.
-            only: Names of the leaves that are wanted; None for all.
+            work: The jobs.
+            bucket_bytes: Most bytes in a bucket, where leaves permit; None makes each job a bucket.
         """
         in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
         bucket: dict[str, jax.Array] = {}
         size = 0
-        for job in jobs(plan, sections, bucket_bytes, only):
+        for job in work:
             if bucket and (bucket_bytes is None or size + job.nbytes > bucket_bytes):
                 yield bucket
                 bucket, size = {}, 0
             if len(in_flight) == PROGRAMS_IN_FLIGHT:  # what a consumer has already donated is ready
                 jax.block_until_ready([leaf for leaf in in_flight.popleft().values() if not leaf.is_deleted()])
             finished = self._run(job)
+            for leaf in job.frees:
+                leaf.release()
             in_flight.append(finished)
             bucket |= finished
             size += job.nbytes

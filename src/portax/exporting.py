@@ -1,7 +1,7 @@
 """`export`: a converted model on disk, as sharded safetensors that transformers and every engine load."""
 
-import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -16,16 +16,18 @@ from jaxtyping import Array, Shaped
 import portax
 from portax import config_json, rows
 from portax.base import BaseConverter
+from portax.behind import Behind
 from portax.checkpoint import Checkpoint
 from portax.disk import write_text
-from portax.plan import Plan
+from portax.jobs import jobs
+from portax.plan import Entry, Plan
 from portax.safetensors_files import INDEX
 from portax.shard_writer import Part, ShardWriter
 from portax.shards import Shard, index, make_shards
 from portax.workplace import check_space, refuse_existing, workplace
 
 SHARD_BYTES = 5 * 10**9
-BUCKET_BYTES = 2**28
+BUCKET_BYTES = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +64,9 @@ def export(
     """Converts, and writes sharded safetensors, their index and, if it is given, a `config.json`; in bounded memory.
 
     This holds three buckets, and the layer that is in work; a vocabulary on disk that is larger than a bucket goes in
-    pieces. Nothing has the final name before everything is there: until then it grows in a folder beside it,
-    `.NAME.unfinished`. The same export, started again, goes on from there.
+    pieces. Tensors are written in the order in which the trainer's stacks lie on disk, one stack after the other and,
+    where the file system permits, around the page cache. Nothing has the final name before everything is there: until
+    then it grows in a folder beside it, `.NAME.unfinished`. The same export, started again, goes on from there.
 
     Args:
         converter: The converter, and with it the layout.
@@ -91,14 +94,15 @@ def export(
     plan = converter.plan(params)
     if hub_config is not None:
         config_json.check(hub_config, converter, plan)
-    shards = make_shards(plan.entries, shard_bytes)
+    work = _Work(converter, params, bucket_bytes)
+    shards = make_shards(work.order(), shard_bytes)
     report = progress or (lambda _: None)
     with workplace(folder, _manifest(converter, params, plan, shards)) as unfinished:
         todo = [shard for shard in shards if not shard.is_whole(unfinished)]
         check_space(unfinished, sum(shard.nbytes for shard in todo))
         report(sum(shard.tensor_bytes for shard in shards if shard not in todo))
         with ShardWriter(unfinished, todo, report) as writer:
-            _write(writer, _parts(converter, params, {name for shard in todo for name in shard.offsets}, bucket_bytes))
+            _write(writer, work.parts({name for shard in todo for name in shard.offsets}))
         write_text(unfinished / INDEX, index(shards))
         if hub_config is not None:
             write_text(
@@ -123,29 +127,43 @@ def _manifest(converter: BaseConverter, params: Any, plan: Plan, shards: tuple[S
     }
 
 
-def _parts(
-    converter: BaseConverter, params: Any, names: set[str], bucket_bytes: int
-) -> Iterator[dict[Part, Shaped[Array, "..."]]]:
-    """What is to be written, a bucket at a time."""
-    entries = [entry for entry in rows.in_pieces(converter, params, bucket_bytes) if entry.name in names]
-    whole = names.difference(entry.name for entry in entries)
-    if whole:
-        for bucket in converter.stream(params, bucket_bytes=bucket_bytes, only=whole):
+class _Work:
+    """What is made, and in which order: stack by stack, so that one of them at a time is in the scratch."""
+
+    def __init__(self, converter: BaseConverter, params: Any, bucket_bytes: int):
+        self._converter = converter
+        self._params = params
+        self._bucket_bytes = bucket_bytes
+        self._conversion = converter.conversion(params)
+        self._in_pieces = rows.in_pieces(converter, params, bucket_bytes)
+
+    def order(self) -> Iterator[Entry]:
+        """The tensors, as they are made."""
+        whole = {entry.name for entry in self._conversion.plan.entries} - {entry.name for entry in self._in_pieces}
+        for job in jobs(self._conversion.plan, self._conversion.sections, self._bucket_bytes, whole, by_stack=True):
+            yield from job.entries
+        yield from self._in_pieces
+
+    def parts(self, names: set[str]) -> Iterator[dict[Part, Shaped[Array, "..."]]]:
+        """Tensors of these names, a bucket at a time."""
+        in_pieces = [entry for entry in self._in_pieces if entry.name in names]
+        whole = names.difference(entry.name for entry in in_pieces)
+        for bucket in self._conversion.buckets(self._bucket_bytes, whole, by_stack=True):
             yield {(name, 0): leaf for name, leaf in bucket.items()}
-    for entry in entries:
-        for first, piece in rows.pieces(converter, params, entry, bucket_bytes):
-            yield {(entry.name, first * entry.nbytes // entry.shape[0]): piece}
+        for entry in in_pieces:
+            for first, piece in rows.pieces(self._converter, self._params, entry, self._bucket_bytes):
+                yield {(entry.name, first * entry.nbytes // entry.shape[0]): piece}
+            for source in entry.sources:
+                self._conversion.state.rooted[source].release()
 
 
 def _write(writer: ShardWriter, parts: Iterator[dict[Part, Shaped[Array, "..."]]]) -> None:
     """Writes one bucket while the next one is read and converted."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        writing: concurrent.futures.Future[None] | None = None
+
+    def write(bucket: dict[Part, Shaped[Array, "..."]]) -> None:
+        writer.write(jax.device_get(bucket))
+
+    with Behind() as behind:
         for bucket in parts:
-            host = jax.device_get(bucket)
-            if writing is not None:
-                writing.result()
-            writing = pool.submit(writer.write, host)
-            del bucket, host
-        if writing is not None:
-            writing.result()
+            behind.run(functools.partial(write, bucket))
+            del bucket

@@ -64,6 +64,9 @@ class LazyArray(abc.ABC):
         """Bytes of all of it, in memory."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def release(self) -> None:  # noqa: B027 - most have nothing
+        """Frees what is kept so that parts can be read faster; the next read makes it anew."""
+
     @abc.abstractmethod
     def __getitem__(self, at: Any) -> Shaped[np.ndarray, "..."]:
         """Reads a part into host memory.

@@ -64,6 +64,10 @@ class StoredArray(LazyArray):
                 "copied to its end, or a file of it is gone or cut short"
             ) from error
 
+    def release(self) -> None:
+        """Frees its place in the scratch."""
+        self._unstacked.clear()
+
     def _cuts_chunks(self, at: tuple[int | slice, ...]) -> bool:
         """Whether the rest of a chunk would be read again for another part."""
         for where, n, chunk in zip(at, self.shape, self.chunk, strict=False):

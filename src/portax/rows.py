@@ -38,6 +38,10 @@ class Rows(LazyArray):
         whole[self._axis] = slice(self._start + first, self._start + last)
         return self._array[tuple(whole)]
 
+    def release(self) -> None:
+        """Frees what the array keeps."""
+        self._array.release()
+
 
 def in_pieces(converter: BaseConverter, params: Any, bucket_bytes: int) -> tuple[Entry, ...]:
     """The tensors that are larger than a bucket, and whose rows are those of a vocabulary on disk.

@@ -1,13 +1,13 @@
 """`ShardWriter`: tensors into shards, in the order in which they are made."""
 
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 import numpy as np
 
-from portax.disk import PART, write_at
+from portax.direct import DirectFile
+from portax.disk import PART
 from portax.shards import Shard
 
 Part: TypeAlias = tuple[str, int]  # a tensor's name, and the byte of it that this part begins at
@@ -30,15 +30,15 @@ class ShardWriter:
         self._folder = folder
         self._of = {name: shard for shard in shards for name in shard.offsets}
         self._missing = {shard.name: shard.tensor_bytes for shard in self._of.values()}
-        self._open: dict[str, int] = {}
+        self._open: dict[str, DirectFile] = {}
         self._report = report
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name, descriptor in self._open.items():
-            os.close(descriptor)
+        for name, file in self._open.items():
+            file.close()
             self._part(name).unlink()
 
     def write(self, parts: Mapping[Part, np.ndarray]) -> None:
@@ -52,7 +52,7 @@ class ShardWriter:
         """
         for (name, start), values in parts.items():
             shard = self._of[name]
-            write_at(self._descriptor(shard), np.ascontiguousarray(values), shard.offsets[name] + start)
+            self._file(shard).write(np.ascontiguousarray(values), shard.offsets[name] + start)
             self._report(values.nbytes)
             self._missing[shard.name] -= values.nbytes
             if not self._missing[shard.name]:
@@ -61,14 +61,14 @@ class ShardWriter:
     def _part(self, name: str) -> pathlib.Path:
         return self._folder / f"{name}{PART}"
 
-    def _descriptor(self, shard: Shard) -> int:
+    def _file(self, shard: Shard) -> DirectFile:
         if shard.name not in self._open:
-            flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
-            self._open[shard.name] = os.open(self._part(shard.name), flags, 0o666)
-            write_at(self._open[shard.name], np.frombuffer(shard.header, np.uint8), 0)
+            self._open[shard.name] = DirectFile(self._part(shard.name))
+            self._open[shard.name].write(np.frombuffer(shard.header, np.uint8), 0)
         return self._open[shard.name]
 
     def _finish(self, shard: Shard) -> None:
-        os.fsync(self._open[shard.name])
-        os.close(self._open.pop(shard.name))
+        file = self._open.pop(shard.name)
+        file.sync()
+        file.close()
         self._part(shard.name).rename(self._folder / shard.name)
