@@ -36,7 +36,6 @@ from portax import (
     report,
     validate_command,
 )
-from portax.allocator import keep_freed_memory
 from portax.checkpoint import open_checkpoint
 from portax.config import ModelConfig
 from portax.errors import PlanError, PortaxError
@@ -49,7 +48,6 @@ _INTERRUPTED = 130  # as shells count it
 
 def run() -> None:
     """Entry point of the `portax` command."""
-    keep_freed_memory()
     app.run(main, flags_parser=parse)
 
 

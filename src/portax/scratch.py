@@ -124,11 +124,11 @@ class Unstacked:
         wanted = [slice(*where.indices(n)[:2]) for where, n in zip(part, self.layer, strict=False)]
         wanted += [slice(0, n) for n in self.layer[len(part) :]]
         found = empty(_shape(wanted), self.dtype)
-        for slab, start in zip(self.slabs, self._starts(position), strict=True):
+        for slab, offset in zip(self.slabs, self._offsets, strict=True):
             both = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(slab, wanted, strict=True)]
             if all(where.start < where.stop for where in both):
                 place = found[_within(both, wanted)] if both else found
-                self._fill(place, slab, both, start)
+                self._fill(place, slab, both, self._start(position) + offset)
         return found
 
     def _fill(self, place: np.ndarray, slab: _Slab, wanted: Sequence[slice], start: int) -> None:
@@ -151,15 +151,19 @@ class Unstacked:
             layers: Its values, with the scan axes first.
         """
         for position in np.ndindex(self.scan):
-            start = self._starts(position)[number]
+            start = self._start(position) + self._offsets[number]
             write_at(self.file.fileno(), np.ascontiguousarray(layers[position]), start)
 
-    def _starts(self, position: tuple[int, ...]) -> list[int]:
-        """Where the slabs of one layer begin, in bytes."""
-        before = int(np.ravel_multi_index(position, self.scan)) if self.scan else 0
-        sizes = [math.prod(_shape(slab)) for slab in self.slabs]
-        starts = itertools.accumulate(sizes[:-1], initial=before * math.prod(self.layer))
-        return [start * self.dtype.itemsize for start in starts]
+    def _start(self, position: tuple[int, ...]) -> int:
+        """Where a layer begins, in bytes."""
+        number = int(np.ravel_multi_index(position, self.scan)) if self.scan else 0
+        return number * math.prod(self.layer) * self.dtype.itemsize
+
+    @functools.cached_property
+    def _offsets(self) -> tuple[int, ...]:
+        """Where in a layer each slab begins, in bytes."""
+        sizes = [math.prod(_shape(slab)) * self.dtype.itemsize for slab in self.slabs]
+        return tuple(itertools.accumulate(sizes[:-1], initial=0))
 
 
 def _shape(of: Iterable[slice]) -> tuple[int, ...]:
