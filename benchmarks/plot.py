@@ -18,6 +18,7 @@ COLOURS = {
     "numpy": "#8c8c8c",
     "maxtext": "#c2553d",
     "maxtext-table": "#e0a08f",
+    "tunix": "#7d6bb0",
 }
 LABELS = {
     "portax": "portax",
@@ -25,6 +26,7 @@ LABELS = {
     "numpy": "numpy by hand, one thread",
     "maxtext": "MaxText subclass",
     "maxtext-table": "MaxText rule table",
+    "tunix": "Tunix, to MaxText's own model",
 }
 
 

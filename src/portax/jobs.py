@@ -66,12 +66,12 @@ def jobs(
         sections: What it is of.
         bucket_bytes: Most bytes that a job makes, unless it makes one tensor; None for no limit.
         only: Names of the tensors that are wanted; None for all.
-        by_stack: Whether a stack is done with, in all its layers, before the next one is begun.
+        by_stack: Whether a stack on disk is done with, in all its layers, before the next one is begun.
     """
     entries = iter(plan.entries)
     for section, count in zip(sections, plan.tensors_per_layer, strict=True):
         of_layer = [(layer, tuple(itertools.islice(entries, count))) for layer in section.layers]
-        if not (by_stack and section.kind.scan):
+        if not (by_stack and section.kind.scan and _on_disk(section)):
             yield from _jobs(section, of_layer, slice(0, count), bucket_bytes, only)
             continue
         for stack in _by_container(of_layer):
@@ -91,6 +91,10 @@ def _jobs(
             yield Job(section, layer, cut, entries[cut], last=cut is cuts[-1])
 
 
+def _on_disk(section: Section) -> bool:
+    return any(isinstance(leaf, LazyArray) for leaf in section.layers[0].leaves.values())
+
+
 def _by_container(of_layer: Iterable[_OfLayer]) -> Iterable[list[_OfLayer]]:
     """The layers of each stack."""
     stacks: dict[str, list[_OfLayer]] = {}
@@ -100,7 +104,7 @@ def _by_container(of_layer: Iterable[_OfLayer]) -> Iterable[list[_OfLayer]]:
 
 
 def _by_source(entries: tuple[Entry, ...]) -> Iterator[slice]:
-    """The shortest runs of tensors such that no two are made of the same leaf."""
+    """The shortest runs of tensors such that no leaf is in two of them."""
     last = {source: i for i, entry in enumerate(entries) for source in entry.sources}
     start = end = 0
     for i, entry in enumerate(entries):
