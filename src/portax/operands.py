@@ -103,7 +103,7 @@ def _unread(leaf: LazyArray, at: _Index) -> np.ndarray:
 
 def _abstract(leaf: LazyArray, at: _Index, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
     shape = _rest(leaf, at)
-    sharding = jnp.zeros(()).sharding if mesh is None else _spread(shape, mesh)
+    sharding = jnp.zeros(()).sharding if mesh is None else spread(shape, mesh)
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
 
@@ -121,11 +121,16 @@ def _read(leaf: LazyArray, at: _Index, mesh: Mesh | None) -> jax.Array:
         return pieces[key]
 
     shape = _rest(leaf, at)
-    return jax.make_array_from_callback(shape, _spread(shape, mesh), piece, dtype=leaf.dtype)
+    return jax.make_array_from_callback(shape, spread(shape, mesh), piece, dtype=leaf.dtype)
 
 
-def _spread(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Cut over all of the mesh along the largest axis that it divides; else a copy on each device."""
+def spread(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Cut over all of the mesh along the largest axis that it divides; else a copy on each device.
+
+    Args:
+        shape: Shape of an array.
+        mesh: The mesh.
+    """
     cut = max((i for i, size in enumerate(shape) if size % mesh.size == 0), key=lambda i: shape[i], default=None)
     spec = PartitionSpec() if cut is None or mesh.size == 1 else PartitionSpec(*[None] * cut, mesh.axis_names)
     return NamedSharding(mesh, spec)
