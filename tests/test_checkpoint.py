@@ -1,6 +1,7 @@
 """Checkpoints on disk: what is read, how often, and what is said of those that cannot be."""
 
 import collections
+import errno
 import json
 import pathlib
 import shutil
@@ -325,6 +326,18 @@ def test_no_space_for_the_scratch(monkeypatch, tmp_path):
     leaf = portax.open_checkpoint(QWEN3 / "orbax", scratch=tmp_path)["base/decoder/layers/mlp/wo/kernel"]
     with pytest.raises(portax.CheckpointError, match=r"0 B of temporary space is left, and it takes 98.3 kB more"):
         leaf[:, 0]
+
+
+def test_a_disk_that_fills_up_under_the_scratch(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    leaf = portax.open_checkpoint(QWEN3 / "orbax", scratch=tmp_path)["base/decoder/layers/mlp/wo/kernel"]
+    with monkeypatch.context() as patch:
+        patch.setattr("portax.scratch.write_at", full)
+        with pytest.raises(portax.CheckpointError, match=r"no temporary space is left, .*another folder with scratch="):
+            leaf[:, 0]
+    assert leaf[:, 0].shape == (leaf.shape[0], *leaf.shape[2:])
 
 
 @pytest.fixture

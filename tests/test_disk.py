@@ -1,7 +1,6 @@
 """Writing around the page cache, and in a thread."""
 
 import errno
-import fcntl
 import os
 import threading
 
@@ -34,46 +33,57 @@ def test_a_file_holds_what_was_written_wherever_it_begins(tmp_path, sizes):
     assert (tmp_path / "file").read_bytes() == expected
 
 
-def test_blocks_go_around_the_page_cache(tmp_path, monkeypatch):
+@pytest.fixture
+def direct(monkeypatch):
+    """Descriptors that were opened for direct writes; on any file system, with the flag left out."""
+    flag, open_, found = 0o40000, os.open, []
+    monkeypatch.setattr(os, "O_DIRECT", flag, raising=False)
+
+    def opened(path, flags, *rest):
+        descriptor = open_(path, flags & ~flag, *rest)
+        found.extend([descriptor] * bool(flags & flag))
+        return descriptor
+
+    monkeypatch.setattr(os, "open", opened)
+    return found
+
+
+def test_blocks_go_around_the_page_cache(tmp_path, monkeypatch, direct):
     sent, write = [], os.pwrite
 
     def pwrite(descriptor, data, offset):
-        sent.append((fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT, len(data), offset))
+        sent.extend([(len(data), offset)] * (descriptor in direct))
         return write(descriptor, data, offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     expected = written(tmp_path / "file", (100, 10_000_000, 3))
     assert (tmp_path / "file").read_bytes() == expected
-    direct = [(size, offset) for flag, size, offset in sent if flag]
-    assert all(size % 4096 == 0 == offset % 4096 for size, offset in direct)
-    assert sum(size for size, _ in direct) > 9_990_000, "does the folder of temporary files take no direct writes?"
+    assert all(size % 4096 == 0 == offset % 4096 for size, offset in sent)
+    assert sum(size for size, _ in sent) > 9_990_000
 
 
 @pytest.mark.parametrize("how", ["no such flag", "not to be opened", "not to be written"])
-def test_a_file_system_without_it(tmp_path, monkeypatch, how):
-    open_, write, refused = os.open, os.pwrite, []
-    flag = os.O_DIRECT
+def test_a_file_system_without_it(tmp_path, monkeypatch, direct, how):
+    open_, write = os.open, os.pwrite
 
     def opened(path, flags, *rest):
-        if how == "not to be opened" and flags & flag:
+        if flags & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
-        descriptor = open_(path, flags, *rest)
-        if flags & flag:
-            refused.append(descriptor)
-        return descriptor
+        return open_(path, flags, *rest)
 
     def pwrite(descriptor, data, offset):
-        if descriptor in refused:
+        if descriptor in direct:
             raise OSError(errno.EINVAL, "Invalid argument")
         return write(descriptor, data, offset)
 
-    monkeypatch.setattr(os, "open", opened)
     monkeypatch.setattr(os, "pwrite", pwrite)
+    if how == "not to be opened":
+        monkeypatch.setattr(os, "open", opened)
     if how == "no such flag":
         monkeypatch.delattr(os, "O_DIRECT")
     expected = written(tmp_path / "file", (100, 10_000_000, 3))
     assert (tmp_path / "file").read_bytes() == expected
-    assert len(refused) == (how == "not to be written")
+    assert len(direct) == (how == "not to be written")
 
 
 def test_a_full_disk_is_not_taken_for_that(tmp_path, monkeypatch):
