@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import portax
-from portax.resources import config_path, configs
+from portax.config.shipped import config_path, configs
 
 COPIES = 8  # that are there at a time
 SMALLER = {"layers": "num_decoder_layers", "experts": "num_experts", "vocabulary": "vocab_size"}

@@ -84,7 +84,7 @@ def first_conversion(layers: int, devices: int) -> dict[str, float]:
 def plan() -> dict[str, float]:
     """Seconds to plan Qwen3-235B-A22B, from nothing but its configuration, and again."""
     import portax
-    from portax.resources import config_path
+    from portax.config.shipped import config_path
 
     config = config_path("qwen3-235b-a22b")
     converter = portax.converter_for(config, layout=portax.layouts.TpuInference(version="0.32", tp=8))

@@ -27,7 +27,7 @@ from rich.table import Table
 from trees import MODELS, random_tree
 
 import portax
-from portax.golden import Tree
+from portax.testing.golden import Tree
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "tests" / "golden"
 ROWS = {  # devices, the engine's first one, whether a sync is atomic

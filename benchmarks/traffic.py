@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 import portax
-from portax.on_paper import estimate, least_bytes, simulated_mesh
-from portax.trainer_mesh import partition
+from portax.analysis.cost_model import estimate, least_bytes, simulated_mesh
+from portax.trainer.logical_axes import partition
 
 CONFIG = {
     "decoder_block": "qwen3_moe",

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from portax import cli
-from portax.golden import Tree
+from portax.cli.main import main, parse
+from portax.testing.golden import Tree
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -71,7 +71,7 @@ def nested(flat: dict) -> dict:
 def command(*args) -> int:
     """Runs `portax` in this process and returns its exit code."""
     try:
-        return cli.main(cli.parse(["portax", *map(str, args)]))
+        return main(parse(["portax", *map(str, args)]))
     except SystemExit as stop:  # argparse's own way out
         return stop.code
 

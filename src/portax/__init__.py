@@ -1,13 +1,25 @@
 """portax: moves weights from a JAX trainer into a rollout engine, bit for bit."""
 
-from portax import blocks, kernels, layouts
-from portax.arithmetic import Affine
-from portax.base import BaseConverter
-from portax.checkpoint import Checkpoint, open_checkpoint
-from portax.config import ModelConfig
-from portax.derived_config import derive_hub_config
-from portax.diff_report import Diff
-from portax.diffing import diff
+from portax import layouts
+from portax.analysis.diff import diff
+from portax.analysis.diff_report import Diff
+from portax.checkpoints.hf_export import Export, export
+from portax.checkpoints.maxtext_import import Import, import_checkpoint
+from portax.checkpoints.reading import Checkpoint, open_checkpoint
+from portax.config.model_config import ModelConfig
+from portax.config.to_hub import derive_hub_config
+from portax.converters import (
+    Gemma3Converter,
+    Gemma4Converter,
+    Gemma4SmallConverter,
+    LlamaConverter,
+    Qwen2Converter,
+    Qwen3_5Converter,
+    Qwen3Converter,
+    Qwen3NextConverter,
+    converter_for,
+)
+from portax.converters.base import BaseConverter
 from portax.errors import (
     CheckpointError,
     ConfigError,
@@ -21,25 +33,14 @@ from portax.errors import (
     SyncError,
     ValidationError,
 )
-from portax.exporting import Export, export
-from portax.importing import Import, import_checkpoint
-from portax.layers import Layer, ScanForm
-from portax.leaves import Leaves
-from portax.models import (
-    Gemma3Converter,
-    Gemma4Converter,
-    Gemma4SmallConverter,
-    LlamaConverter,
-    Qwen2Converter,
-    Qwen3_5Converter,
-    Qwen3Converter,
-    Qwen3NextConverter,
-    converter_for,
-)
-from portax.plan import Plan
-from portax.staging import Staging
-from portax.sync import WeightSync
-from portax.sync_report import SyncReport
+from portax.planning.plan import Plan
+from portax.sync.report import SyncReport
+from portax.sync.staging import Staging
+from portax.sync.weight_sync import WeightSync
+from portax.trainer.layer_params import Leaves
+from portax.trainer.scan import Layer, ScanForm
+from portax.weights import blocks, kernels
+from portax.weights.scale_shift import Affine
 
 __version__ = "0.1.0"
 

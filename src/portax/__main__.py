@@ -1,5 +1,5 @@
 """`python -m portax`."""
 
-from portax.cli import run
+from portax.cli.main import run
 
 run()

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from portax.plan import Plan
+    from portax.planning.plan import Plan
 
 
 class PortaxError(Exception):

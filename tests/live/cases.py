@@ -101,7 +101,7 @@ def made(name):
     """The case of this name."""
     import numpy as np
 
-    from portax.golden import Tree
+    from portax.testing.golden import Tree
 
     model = name.partition(".adp")[0].removesuffix(".auto")
     tree = Tree.load(GOLDEN / model / "source.json")

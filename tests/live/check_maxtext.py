@@ -94,8 +94,8 @@ def check_engine():
     from maxtext.training_engine.maxtext_engine import MaxTextTrainingEngine
 
     import portax
-    from portax.golden import Golden, Tree, compare
     from portax.integrations import maxtext
+    from portax.testing.golden import Golden, Tree, compare
 
     config = maxtext_config()
     engine = MaxTextTrainingEngine(config)

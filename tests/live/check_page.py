@@ -15,10 +15,10 @@ import numpy as np
 from playwright.sync_api import Page, expect, sync_playwright
 
 import portax
-from portax import page_file, picture
-from portax.golden import Tree
+from portax.analysis import cards, html_page
+from portax.config.shipped import config_path
 from portax.layouts import HuggingFace, TpuInference
-from portax.resources import config_path
+from portax.testing.golden import Tree
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 NASTY = "base/decoder/<script>ran=1</script><img src=x onerror=ran=1>"
@@ -27,7 +27,7 @@ NASTY = "base/decoder/<script>ran=1</script><img src=x onerror=ran=1>"
 def plan(model, layout, **options):
     converter = portax.converter_for(config_path(model), layout=layout)
     params = converter.expected_tree(**options)
-    return picture.of_plan(converter.plan(params), params, what=model)
+    return cards.of_plan(converter.plan(params), params, what=model)
 
 
 def failing():
@@ -40,7 +40,7 @@ def failing():
     try:
         portax.converter_for(tree.config, layout=TpuInference(version="0.32", tp=2)).plan(params)
     except portax.PlanError as error:
-        return picture.of_plan(error.plan, params, what="a broken tree", problems=error.problems)
+        return cards.of_plan(error.plan, params, what="a broken tree", problems=error.problems)
     raise AssertionError("the broken tree was planned")
 
 
@@ -52,7 +52,7 @@ def difference():
     b["base/decoder/layers_1/mlp/wo/kernel"] = b["base/decoder/layers_1/mlp/wo/kernel"].astype(np.float16)
     del b["base/decoder/layers_3/mlp/wi_0/kernel"]
     b["base/decoder/layers_3/extra"] = np.ones(3, np.float32)
-    return picture.of_diff(portax.diff(a, b))
+    return cards.of_diff(portax.diff(a, b))
 
 
 def filtered(page: Page, text: str, count: str) -> None:
@@ -135,7 +135,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         for name, (drawn, check) in PAGES.items():
             file = folder / f"{name}.html"
-            page_file.write(file, drawn())
+            html_page.write(file, drawn())
             for scheme, width in (("light", 1400), ("dark", 1400), ("light", 480)):
                 page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 1000})
                 said: list[str] = []

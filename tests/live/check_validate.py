@@ -22,7 +22,6 @@ def check():
     import live_engine  # before JAX is used: it sets up the simulated devices
     from check_tokens import CHECKPOINTS, DENSE, recorded, report
 
-    from portax import validation
     from portax.integrations.vllm import Vllm
 
     hub, greedy = recorded(DENSE)
@@ -33,8 +32,8 @@ def check():
     for expected in greedy:
         length = next((i for i, m in enumerate(expected["margins"]) if m < BFLOAT16), len(expected["margins"]))
         clear = {key: expected[key][:length] for key in ("tokens", "margins")}
-        job = validation.prepare(CHECKPOINTS / DENSE / "orbax", hub, expected["prompt"], max_new_tokens=length)
-        done = validation.carry_out(job, Vllm(llm))
+        job = session.prepare(CHECKPOINTS / DENSE / "orbax", hub, expected["prompt"], max_new_tokens=length)
+        done = session.carry_out(job, Vllm(llm))
         good.append(report("vllm", dataclasses.asdict(done), clear, BFLOAT16))
     sys.stdout.write(f"{done}\n")
     return all(good)

@@ -18,7 +18,7 @@ import transformers
 import yaml
 
 import portax
-from portax.resources import config_path
+from portax.config.shipped import config_path
 
 CHECKPOINTS = pathlib.Path(__file__).parents[1] / "checkpoints"
 TOLERANCE = 2e-4  # two frameworks sum float32 products in different orders; a wrong layout is off by 0.1 and more

@@ -40,13 +40,14 @@ def report(name, done, expected, tolerance):
 
 def command(name, length, *prompt):
     """What `portax validate --json` prints."""
-    from portax import cli
+    from portax.cli.main import main as portax_command
+    from portax.cli.main import parse
 
     folder = CHECKPOINTS / name
     arguments = ["--config", folder / "maxtext_config.json", "--hub-config", folder / "hf_config.json"]
     arguments += [*prompt, "--max-new-tokens", length, "--json"]
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        code = cli.main(cli.parse(["portax", "validate", *map(str, [folder / "orbax", *arguments])]))
+        code = portax_command(parse(["portax", "validate", *map(str, [folder / "orbax", *arguments])]))
     if code:
         raise SystemExit(f"{name}: portax validate ends with exit code {code}")
     return json.loads(out.getvalue())
@@ -91,7 +92,7 @@ def check_control():
 
     import portax
     from portax.integrations.transformers import Transformers
-    from portax.validation import validate
+    from portax.validation.session import validate
 
     hub, greedy = recorded(MOE)  # untied, so held to the narrow tolerance
     params = {path: leaf[...] for path, leaf in portax.open_checkpoint(CHECKPOINTS / MOE / "orbax").items()}

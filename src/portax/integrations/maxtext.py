@@ -8,9 +8,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from portax.base import BaseConverter, Weights
+from portax.converters.base import BaseConverter, Weights
 from portax.errors import SyncError
-from portax.staging import Staging
+from portax.sync.staging import Staging
 
 
 class WeightConverter:

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from portax.converters import converter_for
 from portax.errors import LayoutError, SyncError
 from portax.layouts import FlaxNnx, TpuInference
-from portax.live import EngineState
-from portax.models import converter_for
-from portax.sync import WeightSync
+from portax.sync.engine_state import EngineState
+from portax.sync.weight_sync import WeightSync
 
 _EMBEDDINGS = {  # by whether the model is a native JAX one: the token embedding's name, and how to tell of it
     False: (r"vllm_model\.(.*)model\.embed_tokens\.weight", "vllm_model.*model.embed_tokens.weight"),

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from portax import config_json
+from portax._text.timing import timed
+from portax.checkpoints import config_json
+from portax.checkpoints.hf_export import BUCKET_BYTES
 from portax.errors import MissingPackageError, ValidationError
-from portax.exporting import BUCKET_BYTES
-from portax.plan import Plan
-from portax.timing import timed
-from portax.validation import Engine, Generated, Job, Loaded
+from portax.planning.plan import Plan
+from portax.validation.session import Engine, Generated, Job, Loaded
 
 try:
     import torch

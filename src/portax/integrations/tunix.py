@@ -13,7 +13,7 @@ import jax
 
 from portax.errors import MissingPackageError, SyncError
 from portax.integrations import tpu_inference
-from portax.sync_report import SyncReport
+from portax.sync.report import SyncReport
 
 try:
     from flax import nnx

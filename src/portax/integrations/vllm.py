@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 
-from portax import config_json
+from portax._text.timing import timed
+from portax.checkpoints import config_json
 from portax.errors import MissingPackageError, ValidationError
 from portax.integrations.tpu_inference import updating, weight_sync
-from portax.timing import timed
-from portax.validation import Engine, Generated, Job, Loaded
+from portax.validation.session import Engine, Generated, Job, Loaded
 
 _PACKAGES = ("vllm", "tpu_inference")
 _BLOCK = 128  # the engine's context is a multiple of it

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
-from portax import blocks, kernels
+from portax.weights import blocks, kernels
 
 OTHER_MODALITIES = r"(visual|vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio)\."
 """Names, as a regular expression, of what is beside a language model in an engine and in a hub checkpoint."""

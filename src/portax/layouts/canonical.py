@@ -5,8 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from portax import blocks, kernels
 from portax.layouts.base import Layout, Tensor, as_matrix, flat_columns, in_decoder
+from portax.weights import blocks, kernels
 
 _VOCAB_MULTIPLE = 64
 

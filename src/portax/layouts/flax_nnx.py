@@ -11,10 +11,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from portax import blocks, kernels
 from portax.errors import LayoutError
+from portax.layouts._tpu import AXIS, TpuEngine
 from portax.layouts.base import OTHER_MODALITIES, Tensor, flat_columns, in_decoder
-from portax.layouts.tpu_engine import AXIS, TpuEngine
+from portax.weights import blocks, kernels
 
 _HEAD_MULTIPLE, _HEAD_UNPADDED = 128, 64
 _ENGINE_OWNED = re.compile(rf"^rng\.|\.{OTHER_MODALITIES}")

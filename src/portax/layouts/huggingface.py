@@ -6,8 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from portax import blocks, kernels
 from portax.layouts.base import OTHER_MODALITIES, Layout, Tensor, as_matrix, flat_columns, in_decoder
+from portax.weights import blocks, kernels
 
 _BESIDE = re.compile(rf"(^|\.){OTHER_MODALITIES}|^mtp\.|\.rotary_emb\.inv_freq$")
 

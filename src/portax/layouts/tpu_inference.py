@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
-from portax import blocks, kernels
 from portax.errors import LayoutError
+from portax.layouts._tpu import AXIS, Axes, TpuEngine, must_be_positive, release_text
 from portax.layouts.base import OTHER_MODALITIES, Tensor, as_matrix, flat_columns, in_decoder
-from portax.layouts.tpu_engine import AXIS, Axes, TpuEngine, must_be_positive, release_text
+from portax.weights import blocks, kernels
 
 _LINEAR_AXES = ("model", "expert", "dcp")
 _TP_AXES = ("attn_dp", "attn_dp_expert", "expert", "model", "dcp", "pcp")

@@ -1,0 +1,1 @@
+"""Text for people: folded names, tables, timing."""

@@ -1,0 +1,226 @@
+"""Which model family a tree is of, and of what size, told from its leaves."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from portax.config.model_config import ModelConfig
+from portax.converters.base import BaseConverter
+from portax.errors import ConfigError, PortaxError
+from portax.layouts import Canonical
+from portax.trainer import param_tree
+from portax.trainer.layer_params import Leaves
+from portax.trainer.scan import Section
+from portax.weights.scale_shift import Affine
+
+_SWITCHES = (
+    "inhomogeneous_layer_cycle_interval",
+    "num_kv_shared_layers",
+    "param_scan_axis",
+    "rollout_tensor_parallelism",
+    "shared_experts",
+)
+_SIZES = {field.name for field in dataclasses.fields(ModelConfig) if field.type is int} - {*_SWITCHES}
+_OWN_KEYS = "self_attention/key/kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A tree, held against one model family.
+
+    Attributes:
+        decoder_block: MaxText's name of the family.
+        converter: Its converter.
+        sizes: What the leaves tell of the configuration.
+        untold: Sizes that the family needs and the leaves do not tell, or not apart.
+        scan_axis: First scan axis of stacked leaves.
+        config: The configuration, if the leaves tell all of its sizes; switches that no leaf tells are the family's.
+        usual: Whether MaxText keeps this family in trees of exactly these paths.
+        odd: Leaves that speak against it: missing, left over, or of a shape that no size explains.
+    """
+
+    decoder_block: str
+    converter: type[BaseConverter]
+    sizes: Mapping[str, int]
+    untold: tuple[str, ...]
+    scan_axis: int
+    config: ModelConfig | None
+    usual: bool
+    odd: tuple[str, ...]
+
+
+def identify(
+    params: Mapping[str, Any], families: Mapping[str, type[BaseConverter]], examples: Iterable[ModelConfig]
+) -> list[Match]:
+    """Holds a tree against every family.
+
+    Args:
+        params: The trainer's tree, or its shapes.
+        families: Converters by `decoder_block`.
+        examples: Configurations that show which switches each family has; their sizes do not count. A family without
+            one is tried with and without experts.
+
+    Returns:
+        One match for each family that the tree fits, the likeliest first; where it fits none, the nearest alone.
+
+    Raises:
+        PlanError: It is no tree of parameters.
+    """
+    state = param_tree.read(params)
+    structures = [*_structures(families, examples)]
+    nearest: list[Match] = []
+    for axis in (1, 0):
+        best: dict[str, Match] = {}
+        for structure in structures:
+            match = _match(families[structure.decoder_block], structure, state, axis)
+            if match is not None and (
+                match.decoder_block not in best or _rank(match) < _rank(best[match.decoder_block])
+            ):
+                best[match.decoder_block] = match
+        if fitting := [match for match in best.values() if not match.odd]:
+            return sorted(fitting, key=_rank)
+        nearest += best.values()
+    return sorted(nearest, key=_rank)[:1]
+
+
+def _rank(match: Match) -> tuple[int, bool, int]:
+    return len(match.odd), not match.usual, len(match.untold)
+
+
+def _structures(families: Mapping[str, type[BaseConverter]], shipped: Iterable[ModelConfig]) -> Iterator[ModelConfig]:
+    """One configuration for each structure that a family has."""
+    structures = {_structure(config): config for config in shipped if config.decoder_block in families}
+    yield from structures.values()
+    for block, family in families.items():
+        if block not in {config.decoder_block for config in structures.values()}:
+            sizes: dict[str, Any] = dict.fromkeys((*_SIZES, *family.required), 2)
+            for experts in (1, 2):
+                yield ModelConfig(**{**sizes, "decoder_block": block, "num_experts": experts})
+
+
+def _structure(config: ModelConfig) -> tuple[Any, ...]:
+    """What tells one structure from another: switches, and which sizes are set at all."""
+    values = {**vars(config), "logits_via_embedding": None} | {name: bool(getattr(config, name)) for name in _SIZES}
+    return (*values.values(), config.num_experts > 1, config.num_kv_shared_layers)
+
+
+def _match(
+    family: type[BaseConverter], example: ModelConfig, state: param_tree.TrainerState, axis: int
+) -> Match | None:
+    """Holds the state against one structure of a family; None if the family cannot read such a tree at all."""
+    tied = "decoder/logits_dense/kernel" not in state.leaves
+    try:
+        return _compared(family, dataclasses.replace(example, param_scan_axis=axis, logits_via_embedding=tied), state)
+    except PortaxError:
+        return None
+
+
+def _compared(family: type[BaseConverter], config: ModelConfig, state: param_tree.TrainerState) -> Match:
+    """Sizes follow from what the family's hooks call the axes of each leaf."""
+    layout = Canonical()
+    found = family(config, layout=layout).sections(state)
+    layers = [layer for section in found for layer in section.layers if not section.kind.is_global]
+    told: dict[str, Any] = {"num_decoder_layers": max(len(layers), 1)}
+    if config.num_kv_shared_layers:
+        told["num_kv_shared_layers"] = sum(_OWN_KEYS not in layer.leaves for layer in layers)
+    converter = family(dataclasses.replace(config, **told), layout=layout)
+    odd: list[str] = []
+    equations: dict[str, set[int]] = {"num_decoder_layers": {told["num_decoder_layers"]}}
+    for section in converter.sections(state):
+        read = _read(converter, section)
+        odd += [section.names(path) for path in read.keys() ^ {*section.kind.paths}]
+        for path in read.keys() & {*section.kind.paths}:
+            dims = _without_scan(section, section.layers[0].leaves[path].shape, config.param_scan_axis)
+            names = read[path].split()
+            if len(names) != len(dims):
+                odd.append(section.names(path))
+            for name, dim in zip(names, dims, strict=False):
+                equations.setdefault(name, set()).add(dim)
+    sizes = _solve(equations, {name: getattr(converter.config, name) for name in _SWITCHES})
+    solved = _solved(converter.config, sizes)
+    untold = {factor for name in equations for term in name.split("+") for factor in _unknown(term, sizes)}
+    untold |= {name for name in sizes.keys() - vars(config) if solved is None or solved.size(name) != sizes[name]}
+    odd += [f"{name} = {sorted(dims)}" for name, dims in equations.items() if len(dims) > 1]
+    if solved is not None and not untold:
+        odd += [f"{name} = {sorted(dims)}" for name, dims in equations.items() if {solved.size(name)} != dims]
+    told = {name: size for name, size in sizes.items() if name not in _SWITCHES}
+    usual = not odd and _usual(converter, state)
+    whole = None if untold or odd else solved
+    return Match(
+        decoder_block=config.decoder_block,
+        converter=family,
+        sizes=told,
+        untold=tuple(sorted(untold)),
+        scan_axis=config.param_scan_axis,
+        config=whole,
+        usual=usual,
+        odd=tuple(dict.fromkeys(odd)),
+    )
+
+
+def _solved(config: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig | None:
+    fields: dict[str, Any] = {name: size for name, size in sizes.items() if name in _SIZES}
+    try:
+        return dataclasses.replace(config, **fields)
+    except ConfigError:  # what the leaves tell does not go with the example's for what they do not
+        return None
+
+
+def _read(converter: BaseConverter, section: Section) -> Mapping[str, str]:
+    """Which leaves the hooks read of one layer, and what they call the size of each axis."""
+    kind = section.kind
+    leaves = _Listening(kind.paths, converter.config, traits=kind.traits)
+    hook = converter.global_weights if kind.is_global else converter.layer_blocks
+    jax.eval_shape(lambda: jax.tree.leaves(hook(leaves)))
+    return leaves.axes
+
+
+class _Listening(Leaves):
+    """Leaves that write down how they are read, whatever their shapes."""
+
+    def __init__(self, paths: Iterable[str], config: ModelConfig, *, traits: frozenset[str]):
+        super().__init__(dict.fromkeys(paths), config, traits=traits)
+        self.axes: dict[str, str] = {}
+
+    def read(self, path: str, axes: str, affine: Affine | None = None) -> Any:
+        self.axes[path] = axes
+        return super().read(path, axes, affine)
+
+
+def _without_scan(section: Section, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + len(section.kind.scan) :]
+
+
+def _solve(equations: Mapping[str, set[int]], known: Mapping[str, int]) -> dict[str, int]:
+    """The sizes that follow from what leaves have on their axes: `{"2*head_dim": {256}}` tells `head_dim`."""
+    known = dict(known)
+    for _ in equations:
+        for name, dims in equations.items():
+            open_terms = [term for term in name.split("+") if _unknown(term, known)]
+            if len(open_terms) != 1 or len(_unknown(open_terms[0], known)) != 1:
+                continue
+            rest = min(dims) - sum(_value(term, known) for term in name.split("+") if term not in open_terms)
+            factor = _value(open_terms[0], known)
+            if rest > 0 and rest % factor == 0:
+                known[_unknown(open_terms[0], known)[0]] = rest // factor
+    return known
+
+
+def _unknown(term: str, known: Mapping[str, int]) -> list[str]:
+    return [factor for factor in term.split("*") if not factor.isdecimal() and factor not in known]
+
+
+def _value(term: str, known: Mapping[str, int]) -> int:
+    """Product of the factors of a term that are known."""
+    return math.prod(int(f) if f.isdecimal() else known.get(f, 1) for f in term.split("*"))
+
+
+def _usual(converter: BaseConverter, state: param_tree.TrainerState) -> bool:
+    forms = (True, False) if converter.scan_form is not None else (False,)
+    try:
+        return any(converter.expected_tree(scanned=scanned).keys() == {*state.leaves} for scanned in forms)
+    except PortaxError:  # the family has no tree without a checkpoint to look at
+        return False

@@ -1,0 +1,1 @@
+"""Weights on disk: Orbax and safetensors, read and written a layer at a time."""

@@ -1,0 +1,93 @@
+"""The hub's `config.json` that goes with exported tensors."""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from portax.config.model_config import ModelConfig
+from portax.converters.base import BaseConverter
+from portax.errors import ConfigError
+from portax.planning.plan import Plan
+
+
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """The content of a hub's `config.json`.
+
+    Raises:
+        ConfigError: The file cannot be read, is none, or is of a model that no converter knows.
+    """
+    ModelConfig.of(path)  # for its errors
+    content = json.loads(pathlib.Path(path).read_text())
+    if "model_type" not in content:
+        raise ConfigError(f"{path}: has no model_type, so it is no hub config.json")
+    return content
+
+
+def told(hub_config: str | None, config: str | None) -> dict[str, Any] | None:
+    """The content of the hub's `config.json` among a command's arguments: the one named, or the model's configuration.
+
+    Args:
+        hub_config: `--hub-config`.
+        config: `--config`, which may be MaxText's.
+
+    Raises:
+        ConfigError: As for `read`.
+    """
+    if hub_config is not None:
+        return read(hub_config)
+    if config is None or not config.endswith(".json"):
+        return None
+    ModelConfig.of(config)  # for its errors
+    return read(config) if "model_type" in json.loads(pathlib.Path(config).read_text()) else None
+
+
+def field(hub_config: Mapping[str, Any], name: str) -> Any:
+    """A field of the language model's part of a `config.json`, or else of the whole; None where it is in neither."""
+    inner = hub_config.get("text_config") or {}
+    return inner[name] if inner.get(name) is not None else hub_config.get(name)
+
+
+@contextlib.contextmanager
+def in_folder(hub_config: Mapping[str, Any], plan: Plan) -> Iterator[pathlib.Path]:
+    """A temporary folder with `config.json` alone, as libraries want it that are given the weights another way."""
+    with tempfile.TemporaryDirectory() as folder:
+        content = json.dumps(with_dtype(hub_config, plan))
+        (pathlib.Path(folder) / "config.json").write_text(content)
+        yield pathlib.Path(folder)
+
+
+def check(hub_config: Mapping[str, Any], converter: BaseConverter, plan: Plan) -> None:
+    """Raises a `ConfigError` unless a hub's `config.json` asks for exactly the tensors that are planned."""
+    read_off = ModelConfig.of(hub_config)
+    if read_off.decoder_block not in converter.decoder_blocks:
+        raise ConfigError(
+            f"the hub config is of another model: of the family {read_off.decoder_block}, and the weights are of "
+            f"{converter.config.decoder_block}"
+        )
+    config = dataclasses.replace(read_off, rope_type=converter.config.rope_type)  # the trainer's own affair
+    hub = type(converter)(config, layout=converter.layout, wrapper=converter.wrapper)
+    expected = {entry.name: entry.shape for entry in hub.plan(hub.expected_tree(scanned=False)).entries}
+    planned = {entry.name: entry.shape for entry in plan.entries}
+    if odd := [name for name in {**planned, **expected} if planned.get(name) != expected.get(name)]:
+        has = [str(list(found[odd[0]])) if odd[0] in found else "nothing" for found in (expected, planned)]
+        raise ConfigError(
+            f"the hub config is of another model: {len(odd)} tensors differ, such as {odd[0]}, for which it has "
+            f"{has[0]} and the plan {has[1]}"
+        )
+
+
+def with_dtype(hub_config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """The same config, with the dtype that most bytes are written in."""
+    nbytes: collections.Counter[str] = collections.Counter()
+    for entry in plan.entries:
+        nbytes[entry.dtype.name] += entry.nbytes
+    dtype = {"dtype": nbytes.most_common(1)[0][0]}
+    inner = hub_config.get("text_config")
+    nested = {"text_config": {**inner, **dtype}} if isinstance(inner, Mapping) else {}
+    return {**{key: value for key, value in hub_config.items() if key != "torch_dtype"}, **nested, **dtype}

@@ -1,0 +1,169 @@
+"""`export`: a converted model on disk, as sharded safetensors that transformers and every engine load."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array, Shaped
+
+import portax
+from portax.checkpoints import config_json, vocab_chunks
+from portax.checkpoints.atomic_dir import check_space, refuse_existing, workplace
+from portax.checkpoints.behind import Behind
+from portax.checkpoints.file_io import write_text
+from portax.checkpoints.reading import Checkpoint
+from portax.checkpoints.safetensors_reader import INDEX
+from portax.checkpoints.safetensors_shards import Shard, index, make_shards
+from portax.checkpoints.safetensors_writer import Part, ShardWriter
+from portax.converters.base import BaseConverter
+from portax.execution.schedule import jobs
+from portax.planning.plan import Entry, Plan
+
+SHARD_BYTES = 5 * 10**9
+BUCKET_BYTES = 2**26
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What an export did.
+
+    Attributes:
+        folder: What was written.
+        tensors: How many tensors it holds.
+        shards: How many files hold them.
+        resumed: How many of those were there already, from an export that was interrupted.
+        nbytes: Bytes of all tensors.
+        seconds: How long it took.
+    """
+
+    folder: str
+    tensors: int
+    shards: int
+    resumed: int
+    nbytes: int
+    seconds: float
+
+
+def export(
+    converter: BaseConverter,
+    params: Any,
+    folder: str | os.PathLike,
+    *,
+    hub_config: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    bucket_bytes: int = BUCKET_BYTES,
+    progress: Callable[[int], None] | None = None,
+) -> Export:
+    """Converts, and writes sharded safetensors, their index and, if it is given, a `config.json`; in bounded memory.
+
+    This holds three buckets, and the layer that is in work; a vocabulary on disk that is larger than a bucket goes in
+    pieces. Tensors are written in the order in which the trainer's stacks lie on disk, one stack after the other and,
+    where the file system permits, around the page cache. Nothing has the final name before everything is there: until
+    then it grows in a folder beside it, `.NAME.unfinished`. The same export, started again, goes on from there.
+
+    Args:
+        converter: The converter, and with it the layout.
+        params: What `converter.convert` takes. Only a `Checkpoint` is known again, so that its export can be resumed.
+        folder: What to write; must not exist.
+        hub_config: The content of the hub's `config.json` of this model, held against the plan.
+        shard_bytes: Most bytes of tensors in one file.
+        bucket_bytes: Bytes that are converted, and written, at a time.
+        progress: Called with the bytes that have been written since it was called last.
+
+    Returns:
+        What was done.
+
+    Raises:
+        PlanError: As `converter.plan`; before anything is written.
+        ConfigError: `hub_config` is of another model.
+        CheckpointError: The folder exists or cannot be written, there is no space for it, or `params` cannot be read.
+
+    Example:
+        >>> portax.export(converter, portax.open_checkpoint("checkpoints/1000/items"), "qwen3-8b-hf")
+    """
+    start = time.perf_counter()
+    folder = pathlib.Path(folder)
+    refuse_existing(folder)
+    plan = converter.plan(params)
+    if hub_config is not None:
+        config_json.check(hub_config, converter, plan)
+    work = _Work(converter, params, bucket_bytes)
+    shards = make_shards(work.order(), shard_bytes)
+    report = progress or (lambda _: None)
+    with workplace(folder, _manifest(converter, params, plan, shards)) as unfinished:
+        todo = [shard for shard in shards if not shard.is_whole(unfinished)]
+        check_space(unfinished, sum(shard.nbytes for shard in todo))
+        report(sum(shard.tensor_bytes for shard in shards if shard not in todo))
+        with ShardWriter(unfinished, todo, report) as writer:
+            _write(writer, work.parts({name for shard in todo for name in shard.offsets}))
+        write_text(unfinished / INDEX, index(shards))
+        if hub_config is not None:
+            write_text(
+                unfinished / "config.json", json.dumps(config_json.with_dtype(hub_config, plan), indent=2) + "\n"
+            )
+    seconds = time.perf_counter() - start
+    return Export(str(folder), len(plan.entries), len(shards), len(shards) - len(todo), plan.bytes_out, seconds)
+
+
+def _manifest(converter: BaseConverter, params: Any, plan: Plan, shards: tuple[Shard, ...]) -> Mapping[str, Any] | None:
+    if not isinstance(params, Checkpoint):
+        return None
+    return {
+        "portax": portax.__version__,
+        "layout": repr(converter.layout),
+        "converter": f"{type(converter).__module__}.{type(converter).__qualname__}",
+        "wrapper": converter.wrapper,
+        "config": dataclasses.asdict(converter.config),
+        "source": params.identity,
+        "plan": hashlib.sha256(plan.to_json().encode()).hexdigest(),
+        "shards": {shard.name: shard.nbytes for shard in shards},
+    }
+
+
+class _Work:
+    """What is made, and in which order: stack by stack, so that one of them at a time is in the scratch."""
+
+    def __init__(self, converter: BaseConverter, params: Any, bucket_bytes: int):
+        self._converter = converter
+        self._params = params
+        self._bucket_bytes = bucket_bytes
+        self._conversion = converter.conversion(params)
+        self._in_pieces = vocab_chunks.in_pieces(converter, params, bucket_bytes)
+
+    def order(self) -> Iterator[Entry]:
+        """The tensors, as they are made."""
+        whole = {entry.name for entry in self._conversion.plan.entries} - {entry.name for entry in self._in_pieces}
+        for job in jobs(self._conversion.plan, self._conversion.sections, self._bucket_bytes, whole, by_stack=True):
+            yield from job.entries
+        yield from self._in_pieces
+
+    def parts(self, names: set[str]) -> Iterator[dict[Part, Shaped[Array, "..."]]]:
+        """Tensors of these names, a bucket at a time."""
+        in_pieces = [entry for entry in self._in_pieces if entry.name in names]
+        whole = names.difference(entry.name for entry in in_pieces)
+        for bucket in self._conversion.buckets(self._bucket_bytes, whole, by_stack=True):
+            yield {(name, 0): leaf for name, leaf in bucket.items()}
+        for entry in in_pieces:
+            for first, piece in vocab_chunks.pieces(self._converter, self._params, entry, self._bucket_bytes):
+                yield {(entry.name, first * entry.nbytes // entry.shape[0]): piece}
+            for source in entry.sources:
+                self._conversion.state.rooted[source].release()
+
+
+def _write(writer: ShardWriter, parts: Iterator[dict[Part, Shaped[Array, "..."]]]) -> None:
+    """Writes one bucket while the next one is read and converted."""
+
+    def write(bucket: dict[Part, Shaped[Array, "..."]]) -> None:
+        writer.write(jax.device_get(bucket))
+
+    with Behind() as behind:
+        for bucket in parts:
+            behind.run(functools.partial(write, bucket))
+            del bucket

@@ -1,0 +1,96 @@
+"""`import_checkpoint`: a checkpoint that MaxText loads, from the hub's tensors."""
+
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from portax.checkpoints.atomic_dir import check_space, refuse_existing, workplace
+from portax.checkpoints.orbax_writer import ITEM, NewArray, Stores, chunk_shape, write_checkpoint
+from portax.converters.base import BaseConverter
+from portax.execution.inverse import Restoration
+
+_ROOT = "params/params/"  # under which MaxText 0.2.5 writes parameters, and looks for them
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """What an import did.
+
+    Attributes:
+        folder: What was written.
+        items: What MaxText takes as `load_parameters_path`.
+        leaves: How many leaves it holds.
+        nbytes: Bytes of all leaves, before compression.
+        seconds: How long it took.
+    """
+
+    folder: str
+    items: str
+    leaves: int
+    nbytes: int
+    seconds: float
+
+
+def import_checkpoint(
+    converter: BaseConverter,
+    weights: Mapping[str, Any],
+    folder: str | os.PathLike,
+    *,
+    scanned: bool = True,
+    dtype: Any = None,
+    progress: Callable[[int], None] | None = None,
+) -> Import:
+    """Restores the trainer's tree and writes it as an Orbax checkpoint that MaxText loads; a layer at a time.
+
+    Chunks of a stack hold one layer each, so that layers are written, and read, by themselves. Until everything is
+    there it grows in a folder beside it, `.NAME.unfinished`, which goes if this fails.
+
+    Args:
+        converter: The converter, and with it the layout of the weights, such as `HuggingFace()`.
+        weights: As for `converter.restore`: a dict, or a `Checkpoint` of safetensors.
+        folder: What to write; must not exist.
+        scanned: Whether layers are stacked, as MaxText has them with `scan_layers=true`.
+        dtype: Dtype of the leaves; None keeps that of the tensors.
+        progress: Called with the bytes that have been written since it was called last.
+
+    Returns:
+        What was done.
+
+    Raises:
+        PlanError: As `converter.restore`; before anything is written.
+        LayoutError: As `converter.restore`.
+        CheckpointError: The folder exists or cannot be written, there is no space for it, `weights` cannot be read, or
+            Orbax is not installed.
+
+    Example:
+        >>> converter = portax.converter_for("qwen3-8b.yml", layout=portax.layouts.HuggingFace())
+        >>> portax.import_checkpoint(converter, portax.open_checkpoint("Qwen3-8B"), "qwen3-8b-maxtext")
+    """
+    start = time.perf_counter()
+    folder = pathlib.Path(folder)
+    refuse_existing(folder)
+    restoration = converter.restoration(weights, scanned=scanned, dtype=dtype)
+    scan_axis = converter.config.param_scan_axis
+    report = progress or (lambda _: None)
+
+    def fill(stores: Stores) -> None:
+        for layer, leaves in restoration:
+            stores.write({_ROOT + path: leaf for path, leaf in leaves.items()}, layer.place(scan_axis))
+            report(sum(leaf.nbytes for leaf in leaves.values()))
+
+    with workplace(folder, None) as unfinished:
+        check_space(unfinished, restoration.nbytes)
+        write_checkpoint(unfinished, new_arrays(restoration), fill, {"scan_layers": scanned})
+    seconds = time.perf_counter() - start
+    return Import(str(folder), str(folder / ITEM), len(restoration.leaves), restoration.nbytes, seconds)
+
+
+def new_arrays(restoration: Restoration) -> tuple[NewArray, ...]:
+    """What an import writes: the leaves as MaxText names them, and how they are cut on disk."""
+    return tuple(
+        NewArray(_ROOT + path, leaf.shape, leaf.dtype, chunk_shape(leaf.shape, leaf.dtype, restoration.scan_axes[path]))
+        for path, leaf in restoration.leaves.items()
+    )

@@ -1,0 +1,114 @@
+"""`Checkpoint`: a trainer's parameters on disk, planned from their metadata, read as a conversion needs them."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from portax.checkpoints.orbax_reader import OrbaxFiles
+from portax.checkpoints.rechunk import Scratch
+from portax.checkpoints.safetensors_reader import INDEX, SafetensorsFiles
+from portax.errors import CheckpointError
+from portax.trainer.lazy_array import LazyArray
+
+_PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+_STATES = ("params", "model")  # what trainers call the parameters beside an optimizer's state
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint(Mapping[str, LazyArray]):
+    """The parameters of a checkpoint, by path. Converters take it wherever they take a trainer's tree.
+
+    Attributes:
+        path: Where it is.
+        form: How it is stored, for people.
+        root: What stood in front of every path beside the usual roots: `model/` in a full train state of NNX.
+        leaves: The parameters by path, e.g. `base/decoder/decoder_norm/scale`.
+        others: What is no parameter, by path: optimizer state, step, random state.
+        identity: Digest that changes when the checkpoint is written again.
+    """
+
+    path: str
+    form: str
+    root: str
+    leaves: Mapping[str, LazyArray]
+    others: Mapping[str, Any]
+    identity: str
+
+    def __getitem__(self, path: str) -> LazyArray:
+        """One parameter."""
+        return self.leaves[path]
+
+    def __iter__(self) -> Iterator[str]:
+        """Paths of all parameters."""
+        return iter(self.leaves)
+
+    def __len__(self) -> int:
+        """How many parameters there are."""
+        return len(self.leaves)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters, in memory."""
+        return sum(leaf.nbytes for leaf in self.leaves.values())
+
+
+def open_checkpoint(path: str | os.PathLike, *, scratch: str | os.PathLike | None = None) -> Checkpoint:
+    """Opens a checkpoint; reads its metadata, and no weights.
+
+    Args:
+        path: An Orbax checkpoint (its tree, its step, or a run with one step; a folder or a URL that Orbax takes), or
+            safetensors of a trainer's parameters by path (a file, or a folder with an index).
+        scratch: Folder for temporary files, as large as the leaves that are read in parts smaller than their chunks:
+            stacks whose chunks hold several layers each, a large vocabulary, what a mesh cuts finer than Orbax did.
+            None for the system's. Each is made when the first such part of its leaf is read.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: There is none, or it is incomplete, of a kind that is not read, or without parameters.
+
+    Example:
+        >>> converter.plan(portax.open_checkpoint("gs://run/checkpoints/1000/items"))
+    """
+    files = _open(os.fspath(path), Scratch(scratch))
+    root, leaves, others = _parameters(files.leaves)
+    if not leaves:
+        raise CheckpointError(
+            f"{files.path}: holds no parameters, only {', '.join(sorted(files.leaves)[:5]) or 'nothing'}"
+        )
+    return Checkpoint(files.path, files.form, root, leaves, others, files.identity)
+
+
+def _open(path: str, scratch: Scratch) -> OrbaxFiles | SafetensorsFiles:
+    if "://" in path:
+        return OrbaxFiles(path, scratch)
+    local = pathlib.Path(path)
+    if not local.exists():
+        raise CheckpointError(f"{path}: there is no such checkpoint")
+    inside = [*local.iterdir()] if local.is_dir() else [local]
+    if any(file.suffix == ".safetensors" or file.name == INDEX for file in inside):
+        return SafetensorsFiles(local)
+    if pickled := [file.name for file in inside if file.suffix in _PICKLED]:
+        raise CheckpointError(
+            f"{path}: {pickled[0]} is a pickle, which can run code when it is read, and is refused; save the weights "
+            "as safetensors"
+        )
+    if local.is_file():
+        raise CheckpointError(f"{path}: is neither an Orbax checkpoint's folder nor a .safetensors file")
+    return OrbaxFiles(str(local.absolute()), scratch)
+
+
+def _parameters(found: Mapping[str, Any]) -> tuple[str, dict[str, LazyArray], dict[str, Any]]:
+    """Tells parameters from the rest of a train state; boxes (`.../value`) are opened."""
+    heads = {path.partition("/")[0] for path in found}
+    state = next((name for name in _STATES if name in heads and (len(heads) > 1 or name == "model")), None)
+    inside = {path for path, leaf in found.items() if isinstance(leaf, LazyArray) and "rngs" not in path.split("/")}
+    if state is not None:
+        inside = {path for path in inside if path.startswith(f"{state}/")}
+    root = "model/" if state == "model" else ""
+    boxed = "/value" if inside and all(path.endswith("/value") for path in inside) else ""
+    leaves = {path.removeprefix(root).removesuffix(boxed): found[path] for path in found if path in inside}
+    return root, leaves, {path: leaf for path, leaf in found.items() if path not in inside}

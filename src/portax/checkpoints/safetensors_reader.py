@@ -1,0 +1,149 @@
+"""Safetensors, one file or a folder of them with an index, read leaf by leaf."""
+
+import functools
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from jaxtyping import Shaped
+
+from portax.errors import CheckpointError
+from portax.trainer.lazy_array import LazyArray
+
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"-of-(\d+)\.safetensors$")
+CODES = {
+    np.dtype(dtype): code
+    for dtype, code in (
+        (np.float64, "F64"),
+        (np.float32, "F32"),
+        (np.float16, "F16"),
+        (jnp.bfloat16, "BF16"),
+        (np.int64, "I64"),
+        (np.int32, "I32"),
+        (np.int16, "I16"),
+        (np.int8, "I8"),
+        (np.uint8, "U8"),
+        (np.uint16, "U16"),
+        (np.uint32, "U32"),
+        (np.uint64, "U64"),
+        (np.bool_, "BOOL"),
+        (jnp.float8_e4m3fn, "F8_E4M3"),
+        (jnp.float8_e5m2, "F8_E5M2"),
+    )
+}
+_DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+
+class SafetensorsArray(LazyArray):
+    """One tensor of a safetensors file.
+
+    Attributes:
+        name: Its name there.
+        shape: Its shape.
+        dtype: Its dtype.
+    """
+
+    def __init__(self, name: str, path: pathlib.Path, file: Any):
+        part = file.get_slice(name)
+        if part.get_dtype() not in _DTYPES:
+            raise CheckpointError(f"{path}: {name} is of dtype {part.get_dtype()}, which is no dtype of weights")
+        self.name = name
+        self.shape = tuple(part.get_shape())
+        self.dtype = _DTYPES[part.get_dtype()]
+        self._path = path
+
+    @functools.cached_property
+    def _part(self) -> Any:
+        return _opened(self._path).get_slice(self.name)
+
+    def __getitem__(self, at: Any) -> Shaped[np.ndarray, "..."]:
+        """Reads a part.
+
+        Raises:
+            CheckpointError: The file is gone or cut short.
+        """
+        try:
+            return self._part[at]
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"{self._path}: {self.name} cannot be read ({error})") from error
+
+
+class SafetensorsFiles:
+    """The tensors of one safetensors file, or of a folder of them.
+
+    Attributes:
+        path: The file or folder.
+        form: How it is stored, for people.
+        leaves: Every tensor by its name.
+        identity: Digest that changes when a file is written again.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        """Reads the headers; no bytes of any tensor.
+
+        Args:
+            path: A `.safetensors` file, or a folder with `model.safetensors.index.json` or one such file.
+
+        Raises:
+            CheckpointError: Files are missing, cut short, or not what they should be.
+        """
+        self.path = str(path)
+        files = _files(path)
+        self.form = f"safetensors, {len(files)} {'file' if len(files) == 1 else 'files'}"
+        self.leaves: dict[str, LazyArray] = {}
+        digest = hashlib.sha256(str(path.absolute()).encode())
+        for file, named in files.items():
+            opened = _opened(file)
+            found = {name: SafetensorsArray(name, file, opened) for name in opened.keys()}  # noqa: SIM118 - no mapping
+            if named is not None and {*named} != {*found}:
+                odd = sorted({*named} ^ {*found})
+                raise CheckpointError(f"{file}: the index and the file differ over {', '.join(odd[:5])}")
+            self.leaves |= found
+            status = file.stat()
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        self.identity = digest.hexdigest()
+
+
+def _files(path: pathlib.Path) -> Mapping[pathlib.Path, Collection[str] | None]:
+    """The files to read, each with the tensors that the index says it has."""
+    if not path.is_dir():
+        return {path: None}
+    if not (path / INDEX).exists():
+        single = sorted(path.glob("*.safetensors"))
+        of = _SHARD.search(single[0].name) if len(single) == 1 else None
+        if len(single) == 1 and (of is None or int(of[1]) == 1):
+            return {single[0]: None}
+        found = f"{len(single)} .safetensors files" if of is None else f"one of {int(of[1])} .safetensors files"
+        raise CheckpointError(f"{path}: holds {found} and no {INDEX}, which lists them")
+    files: dict[pathlib.Path, set[str]] = {}
+    for name, file in _weight_map(path / INDEX).items():
+        if pathlib.PurePath(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            what = "an index names .safetensors files of its own folder"
+            raise CheckpointError(f"{path / INDEX}: {file!r} is no such file's name: {what}")
+        files.setdefault(path / file, set()).add(name)
+    return files
+
+
+def _weight_map(index: pathlib.Path) -> Mapping[str, str]:
+    try:
+        content = json.loads(index.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index}: cannot be read as JSON ({error})") from error
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise CheckpointError(f"{index}: holds no weight_map from names of tensors to files")
+    return found
+
+
+def _opened(path: pathlib.Path) -> Any:
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error

@@ -1,0 +1,177 @@
+"""Arguments that commands have in common: the weights, the model, the layout."""
+
+import argparse
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from portax import layouts
+from portax.analysis import html_page
+from portax.cli import inputs
+from portax.config.model_config import ModelConfig
+from portax.config.shipped import config_path
+from portax.errors import ConfigError
+from portax.layouts._tpu import TpuEngine
+
+DTYPES = ("bfloat16", "float16", "float32")
+_LAYOUTS: dict[str, type[layouts.Layout]] = {
+    "tpu-inference": layouts.TpuInference,
+    "flax-nnx": layouts.FlaxNnx,
+    "canonical": layouts.Canonical,
+    "hf": layouts.HuggingFace,
+    "huggingface": layouts.HuggingFace,
+}
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds the weights: a checkpoint or a tree."""
+    text = (
+        "an Orbax checkpoint (a folder or URL: its tree, its step, or a run with one step), a trainer's tree as "
+        ".safetensors by path, or a dumped tree's .json (filled with probe values)"
+    )
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=text)
+    parser.add_argument("--tree", metavar="FILE", help="the same, as an option")
+
+
+def add_model(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """Adds the model's configuration.
+
+    Args:
+        parser: Where to add it.
+        default: What counts without one.
+    """
+    end = f" (default: {default})" if default else ""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", metavar="NAME", help="a model whose configuration is shipped, e.g. qwen3-30b-a3b")
+    which.add_argument("--config", metavar="FILE", help=f"MaxText model YAML or JSON, or a hub config.json{end}")
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """Adds the layout."""
+    parser.add_argument("--layout", choices=_LAYOUTS, default="tpu-inference", help="how the engine holds weights")
+    parser.add_argument("--engine-version", metavar="X.Y", help="version of tpu-inference; default: the installed one")
+    parser.add_argument("--tp", type=int, help="tensor-parallel size; required by tpu-inference and flax-nnx")
+    parser.add_argument("--moe-backend", choices=("gmm_tp", "gmm_ep", "fused_moe"), default="gmm_tp")
+    text = "attention data-parallel size of a tpu-inference with NEW_MODEL_DESIGN=1"
+    parser.add_argument("--attention-dp", type=int, metavar="K", help=text)
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the layout's own")
+    parser.add_argument("--strict-dtype", action="store_true", help="make a cast that loses precision an error")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Adds the folder that a command writes."""
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist")
+    parser.add_argument("--dry-run", action="store_true", help="plan, check, show; write nothing")
+
+
+def add_compile(parser: argparse.ArgumentParser) -> None:
+    """Adds compiling for devices that are not here."""
+    text = "also compile every program of a sync for simulated devices: memory, bytes between devices, time at best"
+    parser.add_argument("--compile", action="store_true", help=text)
+    parser.add_argument("--devices", type=int, metavar="N", help="devices of trainer and engines (default: the mesh's)")
+    text = (
+        "the trainer's mesh, e.g. fsdp=64,tensor=4; of its axes fsdp, tensor and expert cut weights (default: fsdp=N)"
+    )
+    parser.add_argument("--trainer-mesh", metavar="AXIS=SIZE,...", help=text)
+
+
+def meshes(args: argparse.Namespace, layout: layouts.Layout) -> tuple[dict[str, int], dict[str, int]]:
+    """Sizes of the axes of the trainer's mesh, and of the engines' on the same devices.
+
+    Raises:
+        ConfigError: They are not given, or of different sizes, or the layout is for no engine's mesh.
+    """
+    if args.devices is None and args.trainer_mesh is None:
+        raise ConfigError("--compile needs --devices, or --trainer-mesh")
+    trainer = {"fsdp": args.devices} if args.trainer_mesh is None else _mesh(args.trainer_mesh)
+    count, shards = math.prod(trainer.values()), math.prod(layout.mesh_axes.values())
+    if args.devices not in (None, count):
+        raise ConfigError(f"--trainer-mesh {args.trainer_mesh} has {count} devices, and --devices says {args.devices}")
+    if not layout.mesh_axes:
+        raise ConfigError(f"--compile is for engines that spread weights over a mesh, and {layout} does not")
+    if count % shards:
+        raise ConfigError(f"{count} devices are no multiple of the {shards} of one engine")
+    return trainer, {"data": count // shards, **layout.mesh_axes}
+
+
+def _mesh(text: str) -> dict[str, int]:
+    parts = [part.partition("=") for part in text.split(",")]
+    if any(not axis or not size.isdecimal() or int(size) < 1 for axis, _, size in parts):
+        raise ConfigError(f"--trainer-mesh {text} is not of the form fsdp=64,tensor=4")
+    return {axis: int(size) for axis, _, size in parts}
+
+
+def add_page(parser: argparse.ArgumentParser) -> None:
+    """Adds the page that shows the result."""
+    text = "also write a page that shows it, in one HTML file; replaces a page of portax, and no other file"
+    parser.add_argument("--html", metavar="FILE", help=text)
+
+
+def page(args: argparse.Namespace) -> pathlib.Path | None:
+    """Where to write that page, if it was asked for.
+
+    Raises:
+        ReportError: Another file has this name.
+    """
+    return None if args.html is None else html_page.refuse_other(args.html)
+
+
+def named_config(args: argparse.Namespace) -> str | pathlib.Path | None:
+    """The file of the configuration that was named, if one was.
+
+    Raises:
+        ConfigError: No configuration of that name is shipped.
+    """
+    return args.config or (config_path(args.model) if args.model else None)
+
+
+def layout(args: argparse.Namespace) -> layouts.Layout:
+    """The layout that was asked for.
+
+    Raises:
+        ConfigError: An engine without a tensor-parallel size, or an option that is not for it.
+        LayoutError: Its version or size is unknown.
+    """
+    options: dict[str, Any] = {} if args.dtype is None else {"dtype": jnp.dtype(args.dtype)}
+    kind = _LAYOUTS[args.layout]
+    if not issubclass(kind, TpuEngine):
+        return kind(**options)
+    if args.tp is None:
+        raise ConfigError("--tp is required: a tensor-parallel size is never assumed")
+    options |= {"tp": args.tp, "moe_backend": args.moe_backend}
+    if args.attention_dp is not None:
+        if kind is not layouts.TpuInference:
+            raise ConfigError(f"--attention-dp is for --layout tpu-inference, not for --layout {args.layout}")
+        options["attention_dp"] = args.attention_dp
+    if args.engine_version is None:
+        return kind.installed(**options)
+    return kind(version=args.engine_version, **options)
+
+
+def weights_and_config(
+    args: argparse.Namespace, *, required: bool = True, scratch: pathlib.Path | None = None
+) -> tuple[Mapping[str, Any] | None, ModelConfig]:
+    """The weights, if any are named, and the configuration.
+
+    Args:
+        args: The parsed command.
+        required: Whether there must be weights.
+        scratch: As for `open_checkpoint`.
+
+    Raises:
+        ConfigError: There is no configuration, or it is not usable; or no weights where there must be.
+        CheckpointError: The weights cannot be read.
+    """
+    if args.checkpoint and args.tree:
+        raise ConfigError("CHECKPOINT and --tree are the same thing: name one")
+    named = args.checkpoint or args.tree
+    if named is None and required:
+        raise ConfigError("no weights: name a checkpoint or a tree")
+    params, carried = inputs.open_tree(named, scratch=scratch) if named else (None, None)
+    config = named_config(args) or carried
+    if config is None:
+        raise ConfigError("no configuration: pass --model or --config; these weights do not carry one")
+    return params, ModelConfig.of(config)

@@ -1,0 +1,56 @@
+"""`portax diff`: two checkpoints, leaf by leaf."""
+
+import argparse
+from collections.abc import Callable
+
+from portax.analysis import cards, html_page
+from portax.analysis.diff import diff
+from portax.cli import arguments, inputs
+from portax.cli.progress import progress_bar
+from portax.config.model_config import ModelConfig
+from portax.converters import converter_for
+from portax.converters.base import BaseConverter
+from portax.errors import CheckpointError, ConfigError, PlanError
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument(
+        "a", metavar="A", help="an Orbax checkpoint, safetensors (a file or a folder), or a dumped tree"
+    )
+    parser.add_argument("b", metavar="B", help="the same")
+    arguments.add_model(parser)
+    arguments.add_layout(parser)
+    parser.set_defaults(layout="hf")
+    parser.add_argument("--scratch", metavar="DIR", help="folder for a temporary file; default: the system's")
+    arguments.add_page(parser)
+    parser.add_argument("--dry-run", action="store_true", help="compare names, shapes and dtypes; read no values")
+
+
+def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:
+    """Carries out the command.
+
+    Args:
+        args: The parsed command.
+        show: Prints a text.
+    """
+    page = arguments.page(args)
+    converter = _converter(args)
+    a, b = (inputs.open_tree(path, scratch=args.scratch)[0] for path in (args.a, args.b))
+    try:
+        with progress_bar("comparing") as report:
+            found = diff(a, b, converter=converter, values=not args.dry_run, progress=report)
+    except PlanError as error:
+        raise CheckpointError(f"{args.a} and {args.b} cannot be compared: {error}") from error
+    if page:
+        html_page.write(page, cards.of_diff(found))
+    show(found.to_json() if args.json else str(found))
+    return 0 if found.equal else 1
+
+
+def _converter(args: argparse.Namespace) -> BaseConverter | None:
+    if (config := arguments.named_config(args)) is not None:
+        return converter_for(ModelConfig.of(config), layout=arguments.layout(args), strict_dtype=args.strict_dtype)
+    if (args.layout, args.dtype) != ("hf", None):
+        raise ConfigError("--layout and --dtype are for a trainer's tree that is converted: add --model or --config")
+    return None

@@ -1,0 +1,24 @@
+"""Converters, one file per model family, and the choice between them."""
+
+from portax.converters.gemma3 import Gemma3Converter
+from portax.converters.gemma4 import Gemma4Converter
+from portax.converters.gemma4_small import Gemma4SmallConverter
+from portax.converters.llama import LlamaConverter
+from portax.converters.qwen2 import Qwen2Converter
+from portax.converters.qwen3 import Qwen3Converter
+from portax.converters.qwen3_5 import Qwen3_5Converter
+from portax.converters.qwen3_next import Qwen3NextConverter
+from portax.converters.registry import converter_for, families
+
+__all__ = [
+    "Gemma3Converter",
+    "Gemma4Converter",
+    "Gemma4SmallConverter",
+    "LlamaConverter",
+    "Qwen2Converter",
+    "Qwen3Converter",
+    "Qwen3NextConverter",
+    "Qwen3_5Converter",
+    "converter_for",
+    "families",
+]

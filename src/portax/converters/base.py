@@ -1,0 +1,298 @@
+"""`BaseConverter`: the pipeline from a trainer's parameters to an engine's weights, and the hooks of a model family."""
+
+import math
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, Sharding
+from jaxtyping import Array, Shaped
+
+from portax.config.model_config import ModelConfig
+from portax.converters.decoder import PlainDecoder
+from portax.errors import ConfigError, LayoutError
+from portax.execution import executor
+from portax.execution.inverse import Restoration
+from portax.layouts import Layout, TpuInference
+from portax.planning.plan import Plan
+from portax.planning.planner import make_plan
+from portax.planning.trace import hold
+from portax.trainer import param_tree, scan
+from portax.trainer.layer_params import Axes, Leaves
+
+Weights: TypeAlias = dict[str, Shaped[Array, "..."]]
+
+
+class BaseConverter(PlainDecoder):
+    """Turns the parameters of one model family into what an engine holds.
+
+    `convert` is the pipeline: the global weights, then for every layer its attention, its norms, and its MLP or MoE.
+    A family overrides the hooks that say what each weight *is*; each sees one layer, unscanned, and returns blocks. How
+    an engine holds a block is the layout's business, and where scanned layers are is that of `layers`.
+
+    Attributes:
+        config: The model's configuration.
+        layout: How the engine holds weights.
+        mesh: Where results go; None leaves them where they were computed.
+        wrapper: What this engine's model class wraps its language model in, e.g. `language_model.`.
+        strict_dtype: Whether a cast that loses precision is an error.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        mesh: Mesh | None = None,
+        *,
+        layout: Layout | None = None,
+        wrapper: str | None = None,
+        strict_dtype: bool = False,
+    ):
+        """Makes a converter.
+
+        Args:
+            config: Anything that `ModelConfig.of` reads.
+            mesh: Where results go.
+            layout: How the engine holds weights; None reads it off `config.rollout_tensor_parallelism` and the
+                installed tpu-inference.
+            wrapper: None for `default_wrapper`.
+            strict_dtype: Whether a cast that loses precision is an error.
+
+        Raises:
+            ConfigError: The configuration is not usable for this family.
+            LayoutError: The layout cannot be read, or the mesh does not fit it.
+        """
+        self.config = ModelConfig.of(config)
+        self.mesh = mesh
+        self.wrapper = self.default_wrapper if wrapper is None else wrapper
+        layout = layout if layout is not None else _rollout_layout(self.config)
+        self.layout = layout.serving(self.architecture)
+        self.strict_dtype = strict_dtype
+        self._plans: dict[Any, Plan] = {}
+        self._executor = executor.Executor(self, mesh)
+        self._check_config()
+        _check_mesh(mesh, self.layout)
+
+    def plan(self, params: Any, target: Mapping[str, Any] | None = None, *, strict_dtype: bool | None = None) -> Plan:
+        """What `convert` would write from what; no weight is touched, no memory spent.
+
+        Args:
+            params: What the trainer hands over, or the same with `jax.ShapeDtypeStruct` leaves.
+            target: A live engine's state (names, shapes, dtypes, shardings) to check the plan against.
+            strict_dtype: Whether a cast that loses precision is an error; None for the converter's own setting.
+
+        Returns:
+            The plan; printed, it is a table.
+
+        Raises:
+            PlanError: Anything is missing, left over, of another shape or kind. Names everything at once.
+        """
+        state = param_tree.read(params)
+        return self._plan(state, self.sections(state), target, strict_dtype)
+
+    def convert(self, params: Any, *, strict_dtype: bool | None = None) -> Weights:
+        """All of the engine's weights.
+
+        The first call plans and compiles one program for each kind of layer; later calls compile nothing. Keep the
+        converter: its programs go with it.
+
+        Args:
+            params: `nnx.State`, nested or flat mapping, FrozenDict; arrays of JAX or numpy; scanned or not.
+            strict_dtype: Whether a cast that loses precision is an error; None for the converter's own setting.
+
+        Returns:
+            The engine's leaves by full name, with the engine's shapes, dtypes and, on the converter's mesh, specs.
+
+        Raises:
+            PlanError: As `plan`; before any weight is touched.
+        """
+        weights: Weights = {}
+        for bucket in self._buckets(params, None, strict_dtype):
+            weights |= bucket
+        return weights
+
+    def stream(self, params: Any, *, bucket_bytes: int, only: Container[str] | None = None) -> Iterator[Weights]:
+        """The engine's weights in buckets, each converted when it is asked for.
+
+        Args:
+            params: As for `convert`.
+            bucket_bytes: Bytes of one bucket; a leaf that is larger is a bucket of its own.
+            only: Names of the leaves that are wanted; None for all.
+
+        Yields:
+            Finished weights by name; every leaf comes once, in the order of the plan.
+
+        Raises:
+            PlanError: As `plan`; before the first bucket.
+        """
+        return self._buckets(params, bucket_bytes, None, only)
+
+    def restore(self, weights: Mapping[str, Any], *, scanned: bool = True, dtype: Any = None) -> dict[str, np.ndarray]:
+        """The trainer's tree that these tensors were, or would have been, converted from.
+
+        Args:
+            weights: What this converter's layout makes, by full name, such as the tensors of a hub checkpoint; read
+                layer by layer.
+            scanned: Whether layers are to be stacked.
+            dtype: Dtype of the leaves; None keeps that of the tensors.
+
+        Returns:
+            Host arrays by path. Converted again they are the same weights. Leaves that a conversion scales or shifts
+            (embeddings of Gemma, some norms) are rounded once more; all others are bit for bit what was converted.
+
+        Raises:
+            PlanError: A tensor is missing, left over, or of another shape or kind. Names everything at once.
+            LayoutError: This layout does not hold every element exactly once, as the hub's does.
+        """
+        return self.restoration(weights, scanned=scanned, dtype=dtype).tree()
+
+    def restoration(self, weights: Mapping[str, Any], *, scanned: bool = True, dtype: Any = None) -> Restoration:
+        """A planned way back, to be carried out layer by layer, as `import_checkpoint` does.
+
+        Args:
+            weights: As for `restore`.
+            scanned: As for `restore`.
+            dtype: As for `restore`.
+
+        Raises:
+            PlanError: As `restore`.
+        """
+        state = param_tree.read(self.expected_tree(scanned=scanned))
+        sections = self.sections(state)
+        return Restoration(self, self._plan(state, sections, None, False), sections, weights, dtype)
+
+    def expected_tree(
+        self,
+        *,
+        scanned: bool = True,
+        dtype: Any = np.float32,
+        partition: Callable[[Axes], Sharding] | None = None,
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """The trainer's tree that the configuration implies, for planning without one.
+
+        Args:
+            scanned: Whether layers are stacked.
+            dtype: Dtype of every leaf.
+            partition: How a leaf is spread over devices, given its axes; see `trainer_mesh.partition`.
+
+        Returns:
+            Shapes by path.
+        """
+        depth = self.config.num_decoder_layers
+        traits = self.layer_traits((), depth)
+        stacks = scan.unscanned(depth)
+        if scanned and self.scan_form is not None:
+            stacks = self.scan_form.stacks(depth, len(self.layer_cycle(())))
+        found = self._expected(Leaves({}, self.config), is_global=True)
+        for container, lengths, first in stacks:
+            layer = Leaves({}, self.config, traits=traits[first], scan=lengths)
+            found |= {f"{container}/{path}": axes for path, axes in self._expected(layer).items()}
+        return {
+            path: jax.ShapeDtypeStruct(
+                tuple(size for _, size in axes), dtype, sharding=None if partition is None else partition(axes)
+            )
+            for path, axes in found.items()
+        }
+
+    def _expected(self, leaves: Leaves, is_global: bool = False) -> dict[str, Axes]:
+        jax.eval_shape(lambda: hold(self, leaves, is_global=is_global))
+        return leaves.expected
+
+    def _check_config(self) -> None:
+        if self.config.decoder_block not in self.decoder_blocks:
+            raise ConfigError(
+                f"decoder_block={self.config.decoder_block!r} is not for {type(self).__name__}, "
+                f"which converts {', '.join(self.decoder_blocks)}"
+            )
+        if missing := [name for name in self.required if not getattr(self.config, name)]:
+            raise ConfigError(f"decoder_block={self.config.decoder_block!r} needs {', '.join(missing)}")
+        self.check_config()
+
+    def on(self, mesh: Mesh | None, *, config: ModelConfig | None = None) -> "BaseConverter":
+        """The same converter with results on another mesh, or for another size of the model.
+
+        Args:
+            mesh: Where results go.
+            config: Another configuration; None for this one's.
+
+        Raises:
+            LayoutError: The mesh does not fit the layout.
+        """
+        return type(self)(
+            config or self.config, mesh, layout=self.layout, wrapper=self.wrapper, strict_dtype=self.strict_dtype
+        )
+
+    def conversion(self, params: Any, *, strict_dtype: bool | None = None) -> executor.Conversion:
+        """A planned conversion, to be carried out piece by piece, as `WeightSync` does.
+
+        Args:
+            params: As for `plan`.
+            strict_dtype: As for `plan`.
+
+        Raises:
+            PlanError: As `plan`; also for arrays that cannot be read.
+        """
+        state = param_tree.read(params)
+        sections = self.sections(state)
+        plan = self._plan(state, sections, None, strict_dtype)
+        return executor.Conversion(plan, state, sections, self._executor)
+
+    def _buckets(
+        self,
+        params: Any,
+        bucket_bytes: int | None,
+        strict_dtype: bool | None,
+        only: Container[str] | None = None,
+    ) -> Iterator[Weights]:
+        return self.conversion(params, strict_dtype=strict_dtype).buckets(bucket_bytes, only)
+
+    def sections(self, state: param_tree.TrainerState) -> tuple[scan.Section, ...]:
+        """The layers of each kind in a flat state.
+
+        Raises:
+            PlanError: Stacks of two forms are mixed.
+        """
+        return scan.sections(state, self.config.param_scan_axis, self._traits)
+
+    def _traits(self, found: Sequence[scan.Layer]) -> list[scan.Traits]:
+        numbers = [layer.index or 0 for layer in found]
+        known = self.layer_traits(found, max(numbers, default=-1) + 1)
+        return [known[number] for number in numbers]
+
+    def _plan(
+        self,
+        state: param_tree.TrainerState,
+        sections: tuple[scan.Section, ...],
+        target: Mapping[str, Any] | None,
+        strict_dtype: bool | None,
+    ) -> Plan:
+        strict = self.strict_dtype if strict_dtype is None else strict_dtype
+        if target is not None:
+            target = {".".join(path): param_tree.unbox(leaf) for path, leaf in param_tree.flatten(target)}
+            return make_plan(self, self.wrapper, state, sections, target=target, strict_dtype=strict)
+        signature = (strict, state.root, tuple((p, x.shape, np.dtype(x.dtype)) for p, x in state.leaves.items()))
+        if signature not in self._plans:
+            plan = make_plan(self, self.wrapper, state, sections, target=None, strict_dtype=strict)
+            self._plans = {signature: plan}
+        return self._plans[signature]
+
+
+def _rollout_layout(config: ModelConfig) -> Layout:
+    if config.rollout_tensor_parallelism is None:
+        raise LayoutError(
+            "no layout: pass layout=portax.layouts.TpuInference(version=..., tp=...), or set "
+            "rollout_tensor_parallelism in the trainer's config"
+        )
+    return TpuInference.installed(tp=config.rollout_tensor_parallelism)
+
+
+def _check_mesh(mesh: Mesh | None, layout: Layout) -> None:
+    if mesh is None:
+        return
+    one = math.prod(layout.mesh_axes.values()) == 1
+    for axis, size in layout.mesh_axes.items():
+        if mesh.shape.get(axis, 1 if one else None) != size:
+            raise LayoutError(
+                f"the mesh has axes {dict(mesh.shape)}, and {layout} cuts weights over {axis}={size}: "
+                f"pass the engine's mesh, with an axis {axis!r} of that size"
+            )

@@ -1,0 +1,59 @@
+"""Gemma3."""
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from portax.converters.base import BaseConverter
+from portax.converters.decoder import Blocks
+from portax.trainer.layer_params import Leaves
+from portax.trainer.scan import Layer, ScanForm, Traits
+from portax.weights.scale_shift import Affine
+
+
+class Gemma3Converter(BaseConverter):
+    """Gemma3 4B, 12B and 27B, as MaxText 0.2.5 holds them; local and global layers have the same weights.
+
+    MaxText's norm weights are the hub's plus one, and its embedding is the hub's times sqrt(emb_dim), in bfloat16.
+    """
+
+    decoder_blocks = ("gemma3",)
+    default_wrapper = "language_model."
+    scan_form: ClassVar[ScanForm | None] = ScanForm("decoder/layers", "layers_")
+    shared_head_module = False
+    starts_with_bos = True
+
+    @property
+    def architecture(self) -> str | None:
+        """As the hub's `config.json` says."""
+        return "Gemma3ForConditionalGeneration"
+
+    @property
+    def embedding_affine(self) -> Affine | None:
+        """The divisor is rounded to bfloat16 (MaxText 0.2.5, checkpoint_conversion/utils/param_mapping.py)."""
+        return Affine(over=float(np.asarray(math.sqrt(self.config.emb_dim)).astype(jnp.bfloat16)))
+
+    @property
+    def norm_affine(self) -> Affine | None:
+        """MaxText keeps what a norm multiplies with, the hub what it adds to one."""
+        return Affine(minus=1.0)
+
+    def layer_cycle(self, found: Sequence[Layer]) -> tuple[Traits, ...]:
+        """Six layers, whose weights are alike (MaxText 0.2.5, models/gemma3.py)."""
+        return (frozenset(),) * 6
+
+    def attention(self, layer: Leaves) -> Blocks:
+        """Grouped-query attention with per-head norms on queries and keys."""
+        return self.grouped_query_attention(layer, "self_attention", norms=True)
+
+    def norms(self, layer: Leaves) -> Blocks:
+        """Norms before and after attention and MLP."""
+        return (
+            self.norm(layer, "pre_self_attention_norm", "input_layernorm"),
+            self.norm(layer, "post_self_attention_norm", "post_attention_layernorm"),
+            self.norm(layer, "pre_ffw_norm", "pre_feedforward_layernorm"),
+            self.norm(layer, "post_ffw_norm", "post_feedforward_layernorm"),
+        )

@@ -1,0 +1,94 @@
+"""Gemma4 E2B and E4B."""
+
+from collections.abc import Sequence
+
+from portax.converters.decoder import Blocks
+from portax.converters.gemma4 import Gemma4Converter
+from portax.errors import ConfigError
+from portax.trainer.layer_params import Leaves
+from portax.trainer.scan import Layer, Traits
+from portax.weights import blocks
+
+
+class Gemma4SmallConverter(Gemma4Converter):
+    """Gemma4 E2B and E4B, as MaxText 0.2.5 holds them.
+
+    Every layer has an embedding of its own, and the last layers have no keys and values.
+    """
+
+    decoder_blocks = ("gemma4_small",)
+    required = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
+    scan_form = None
+
+    def layer_cycle(self, found: Sequence[Layer]) -> tuple[Traits, ...]:
+        """Four (E2B) or five (E4B) local layers, then a global one.
+
+        MaxText tells the two apart by the model's name. Here the config's cycle interval does, or else the first layer
+        with wide heads.
+
+        Raises:
+            ConfigError: Neither the config nor a tree tells.
+        """
+        cycle = super().layer_cycle(found)
+        if self.config.inhomogeneous_layer_cycle_interval > 1:
+            return cycle
+        if not found:
+            raise ConfigError(
+                "decoder_block='gemma4_small' has a global layer every 5 (E2B) or 6 layers (E4B), and this config does "
+                "not say which: set inhomogeneous_layer_cycle_interval, or give the parameters"
+            )
+        wide = [layer.index for layer in found if _head_dim(layer) == self.config.global_head_dim]
+        return cycle[1:] if wide[:1] == [4] else cycle
+
+    def layer_traits(self, found: Sequence[Layer], depth: int) -> list[Traits]:
+        """The last layers use the keys and values of earlier ones."""
+        first_shared = self.config.num_decoder_layers - self.config.num_kv_shared_layers
+        traits = super().layer_traits(found, depth)
+        return [trait | {"kv_shared"} if i >= first_shared else trait for i, trait in enumerate(traits)]
+
+    def global_weights(self, model: Leaves) -> Blocks:
+        """The embeddings of each layer, beside the model's own."""
+        at, all_layers = "decoder/per_layer_embedder", "num_decoder_layers*hidden_size_per_layer_input"
+        table = model.read(f"{at}/embed_tokens_per_layer", f"vocab_size_per_layer_input {all_layers}")
+        projection = model.read(f"{at}/per_layer_model_projection/kernel", f"emb_dim {all_layers}")
+        norm = f"{at}/per_layer_projection_norm"
+        return (
+            *super().global_weights(model),
+            blocks.Embedding("embed_tokens_per_layer", table),
+            blocks.Linear("per_layer_model_projection", projection, "column"),
+            self.norm(model, norm, "per_layer_projection_norm", "hidden_size_per_layer_input"),
+        )
+
+    def attention(self, layer: Leaves) -> Blocks:
+        """Queries alone, where keys and values are another layer's."""
+        if "kv_shared" not in layer.traits:
+            return super().attention(layer)
+        _, dim = self._heads(layer)
+        query = layer.read("self_attention/query/kernel", f"emb_dim num_query_heads {dim}")
+        out = layer.read("self_attention/out/kernel", f"num_query_heads {dim} emb_dim")
+        return (
+            blocks.Linear("self_attn.q_proj", query, "column"),
+            blocks.Linear("self_attn.o_proj", out, "row"),
+            self.norm(layer, "self_attention/query_norm", "self_attn.q_norm", dim),
+        )
+
+    def norms(self, layer: Leaves) -> Blocks:
+        """Also the way of the per-layer embedding into the layer."""
+        gate = layer.read("per_layer_input_gate/kernel", "emb_dim hidden_size_per_layer_input")
+        projection = layer.read("per_layer_projection/kernel", "hidden_size_per_layer_input emb_dim")
+        return (
+            *super().norms(layer),
+            blocks.Linear("per_layer_input_gate", gate, "replicated"),
+            blocks.Linear("per_layer_projection", projection, "replicated"),
+            self.norm(layer, "post_per_layer_input_norm", "post_per_layer_input_norm"),
+        )
+
+    def mlp(self, layer: Leaves) -> Blocks:
+        """A gated MLP; E2B's is twice as wide where there are no keys and values."""
+        wide = "kv_shared" in layer.traits and self.config.use_double_wide_mlp
+        return self.gated_mlp(layer, "mlp", "mlp", width="2*mlp_dim" if wide else "mlp_dim")
+
+
+def _head_dim(layer: Layer) -> int | None:
+    query = layer.leaves.get("self_attention/query/kernel")
+    return None if query is None else query.shape[-1]

@@ -1,0 +1,196 @@
+"""The way back: a trainer's tree from the tensors that a converter makes of it."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Shaped
+
+from portax.errors import LayoutError, PlanError, Problem
+from portax.planning.plan import Entry, Plan
+from portax.planning.trace import Hooks
+from portax.trainer.layer_params import Leaves
+from portax.trainer.scan import Layer, Section
+from portax.weights.scale_shift import Affine
+
+Tree: TypeAlias = dict[str, Shaped[np.ndarray, "..."]]
+
+_BITS: dict[int, Any] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+
+
+class _Inputs(Leaves):
+    """Leaves that are handed to the hooks as they are, so that what the hooks do is linear in them."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.affines: dict[str, Affine] = {}
+
+    def read(self, path: str, axes: str, affine: Affine | None = None) -> Any:
+        if affine is not None:
+            self.affines[path] = affine
+        return self._arrays[path]
+
+
+class Restoration:
+    """A planned way back, to be carried out layer by layer.
+
+    Nothing is written a second time: the hooks and the layout only move elements, which is linear, so the transpose of
+    what they do is its inverse. Values that the hooks scale or shift are computed back, see `Affine.inverse`.
+
+    Attributes:
+        leaves: Shape and dtype of every leaf of the trainer's tree, by path. A stack has the dtype that holds the
+            values of all its layers.
+        scan_axes: The axes of each leaf that count layers.
+    """
+
+    def __init__(self, hooks: Hooks, plan: Plan, sections: Sequence[Section], weights: Mapping[str, Any], dtype: Any):
+        """Checks the tensors; reads none, unless there are more than the plan has.
+
+        Args:
+            hooks: The converter.
+            plan: A plan of these sections.
+            sections: The trainer's tree, as shapes.
+            weights: The tensors, by the names of the plan; read one layer at a time.
+            dtype: Dtype of the leaves; None for that of the tensors.
+
+        Raises:
+            PlanError: A tensor is missing, left over, or of another shape.
+        """
+        _check(hooks, plan, weights)
+        self._hooks, self._plan, self._sections, self._weights = hooks, plan, sections, weights
+        self._types = _types(plan.entries, weights)
+        self.leaves: dict[str, jax.ShapeDtypeStruct] = {}
+        self.scan_axes: dict[str, tuple[int, ...]] = {}
+        first = hooks.config.param_scan_axis
+        for layer in itertools.chain.from_iterable(section.layers for section in sections):
+            for path, leaf in ((layer.path(path), leaf) for path, leaf in layer.leaves.items()):
+                self.leaves[path] = jax.ShapeDtypeStruct(leaf.shape, self._types[path] if dtype is None else dtype)
+                self.scan_axes[path] = tuple(range(first, first + len(layer.scan)))
+
+    def __iter__(self) -> Iterator[tuple[Layer, Tree]]:
+        """Each layer, and its own part of its leaves, by full path.
+
+        Raises:
+            LayoutError: The layout holds elements more than once, or not at all; before the first layer.
+        """
+        inverses = [_Inverse(self._hooks, section) for section in self._sections]
+        entries = iter(self._plan.entries)
+        for inverse, section, count in zip(inverses, self._sections, self._plan.tensors_per_layer, strict=True):
+            for layer in section.layers:
+                mine = tuple(itertools.islice(entries, count))
+                leaves = inverse(layer, mine, self._weights, self._types)
+                yield layer, {path: leaf.astype(self.leaves[path].dtype, copy=False) for path, leaf in leaves.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values())
+
+    def tree(self) -> Tree:
+        """All leaves, in memory."""
+        tree = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in self.leaves.items()}
+        for layer, leaves in self:
+            for path, leaf in leaves.items():
+                tree[path][layer.place(self._hooks.config.param_scan_axis)] = leaf
+        return tree
+
+
+class _Inverse:
+    """From the tensors of one layer to its leaves, for all layers of one section."""
+
+    def __init__(self, hooks: Hooks, section: Section):
+        self._affines: dict[str, Affine] = {}
+        self._own: list[bool] = []  # tensors that are no copies of others
+        kind, axis = section.kind, hooks.config.param_scan_axis
+
+        def forward(leaves: dict[str, Any]) -> list[Any]:
+            inputs = _Inputs(leaves, hooks.config, traits=kind.traits)
+            blocks = hooks.global_weights(inputs) if kind.is_global else hooks.layer_blocks(inputs)
+            tensors = [tensor for block in blocks for tensor in hooks.layout.arrange(block)]
+            self._affines, self._own = inputs.affines, [tensor.tied_to is None for tensor in tensors]
+            return [tensor.array for tensor in tensors if tensor.tied_to is None]
+
+        def own(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape[:axis] + shape[axis + len(kind.scan) :], jnp.uint32)
+
+        layer = section.layers[0]
+        shapes = {path: own(layer.leaves[path].shape) for path in kind.paths}
+        self._backward = jax.jit(lambda bits: jax.linear_transpose(forward, shapes)(bits)[0])
+        self._shapes = jax.eval_shape(forward, shapes)
+        self._check_once(section)
+
+    def __call__(
+        self, layer: Layer, entries: tuple[Entry, ...], weights: Mapping[str, Any], types: Mapping[str, Any]
+    ) -> Tree:
+        bits = []
+        for entry in itertools.compress(entries, self._own):
+            tensor = np.asarray(weights[entry.name][...]).astype(types[entry.name], copy=False)
+            bits.append(tensor.view(_BITS[tensor.dtype.itemsize]).astype(np.uint32))
+        leaves = {}
+        for path, leaf in self._backward(bits).items():
+            dtype = types[layer.path(path)]
+            leaf = np.asarray(leaf).astype(_BITS[dtype.itemsize]).view(dtype)
+            leaves[layer.path(path)] = self._affines[path].inverse(leaf) if path in self._affines else leaf
+        return leaves
+
+    def _check_once(self, section: Section) -> None:
+        """Raises a `LayoutError` unless every element of every leaf is held exactly once."""
+        counts = self._backward([np.ones(shape.shape, np.uint32) for shape in self._shapes])
+        wrong = [section.names(path) for path, count in counts.items() if not (np.asarray(count) == 1).all()]
+        if wrong:
+            raise LayoutError(
+                f"{', '.join(wrong)}: this layout holds some elements several times, or not at all, so the tree cannot "
+                "be read back from it; restore from HuggingFace() or Canonical()"
+            )
+
+
+def _types(entries: Iterable[Entry], weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The dtype of every tensor, and of every leaf: the one that holds the values of all tensors it is made of."""
+    types: dict[str, Any] = {entry.name: np.dtype(weights[entry.name].dtype) for entry in entries}
+    links = [(entry.name, source) for entry in entries for source in entry.sources]
+    changed = True
+    while changed:
+        changed = False
+        for name, source in links:
+            wide = jnp.promote_types(types[name], types.get(source, types[name]))
+            changed |= types.get(source) != wide or types[name] != wide
+            types[name] = types[source] = wide
+    return types
+
+
+def _check(hooks: Hooks, plan: Plan, weights: Mapping[str, Any]) -> None:
+    """Raises a `PlanError` unless the tensors are those of the plan, but for such as the trainer has nothing for."""
+    problems = []
+    expected = {entry.name: entry for entry in plan.entries}
+    for name, entry in expected.items():
+        if name not in weights:
+            cause = "the checkpoint is of another model, or the config does not describe it"
+            problems.append(Problem(name, "nothing", f"a tensor of shape {list(entry.shape)}", cause))
+            continue
+        shape, dtype = tuple(weights[name].shape), np.dtype(weights[name].dtype)
+        if shape != entry.shape:
+            cause = "the config is of another size"
+            problems.append(Problem(name, f"shape {list(shape)}", str(list(entry.shape)), cause))
+        elif not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize not in _BITS:
+            cause = "a quantised checkpoint: take the unquantised one"
+            problems.append(Problem(name, f"dtype {dtype}", "float32, bfloat16 or float16", cause))
+    outside = plan.entries[: plan.tensors_per_layer[0]]
+    for name in weights:
+        if name not in expected and not hooks.layout.owns(name) and not _repeats(name, outside, weights):
+            cause = "the config describes another model (tied or untied, dense or MoE), or these are adapters"
+            problems.append(Problem(name, "a tensor that no leaf needs", "only tensors of this model", cause))
+    if problems:
+        raise PlanError(problems)
+
+
+def _repeats(name: str, entries: Iterable[Entry], weights: Mapping[str, Any]) -> bool:
+    """Whether a tensor is a copy of one outside the layers: a tied head that was saved all the same."""
+    same = [entry.name for entry in entries if entry.shape == tuple(weights[name].shape) and entry.name in weights]
+    return any(_bytes(weights[name]) == _bytes(weights[other]) for other in same)
+
+
+def _bytes(array: Any) -> bytes:
+    return np.asarray(array[...]).tobytes()

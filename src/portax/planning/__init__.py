@@ -1,0 +1,1 @@
+"""What will be written from what, checked before a byte moves."""

@@ -1,0 +1,152 @@
+"""`Plan`: what will be written from what, known and checked before a byte moves."""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterable
+
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from portax._text.names import family, fold
+from portax._text.tables import new_table, render, size
+
+PROGRAMS_IN_FLIGHT = 2  # how many layers a conversion works on at a time, beside what is finished
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One leaf of the engine.
+
+    Attributes:
+        name: Its full name.
+        shape: Its shape.
+        dtype: Its dtype.
+        spec: How the engine partitions it.
+        sources: The trainer leaves that its values come from.
+        casts: Casts on the way that lose precision, such as `float32 -> bfloat16`.
+        tied_to: The engine leaf whose values it repeats, where the model ties them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    spec: PartitionSpec
+    sources: tuple[str, ...]
+    casts: tuple[str, ...]
+    tied_to: str | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole, unsharded leaf."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked conversion. `print(plan)` shows a table; `plan.to_json()` is for machines.
+
+    Attributes:
+        layout: The layout, in words.
+        entries: Every engine leaf that is written, in the order of writing.
+        bytes_in: Bytes of the trainer leaves.
+        tensors_per_layer: For each section of the trainer's tree, how many entries each of its layers has.
+        working_bytes: Bytes in work at a time, beside source and results: the layers in flight.
+        ignored: Variables of the trainer's state that are no parameters.
+        engine_owned: Leaves of the target that the engine fills itself; empty without a target.
+    """
+
+    layout: str
+    entries: tuple[Entry, ...]
+    tensors_per_layer: tuple[int, ...]
+    bytes_in: int
+    working_bytes: int
+    ignored: tuple[str, ...]
+    engine_owned: tuple[str, ...]
+
+    @functools.cached_property
+    def bytes_out(self) -> int:
+        """Bytes of everything that is written."""
+        return sum(entry.nbytes for entry in self.entries)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Planned peak over all devices: source, results, and the layers in work."""
+        return self.bytes_in + self.bytes_out + self.working_bytes
+
+    @property
+    def casts(self) -> dict[str, list[str]]:
+        """Engine leaves by the precision-losing cast that feeds them, e.g. `float32 -> bfloat16`."""
+        found: dict[str, list[str]] = {}
+        for entry in self.entries:
+            for cast in entry.casts:
+                found.setdefault(cast, []).append(entry.name)
+        return found
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """Engine leaves that repeat another leaf's values."""
+        return {entry.name: entry.tied_to for entry in self.entries if entry.tied_to is not None}
+
+    def __str__(self) -> str:
+        table = new_table("engine leaf", ("count", "right"), "shape", "dtype", "spec", "from", ("bytes", "right"))
+        for entries in _families(self.entries).values():
+            first = entries[0]
+            table.add_row(
+                "\n".join(fold(entry.name for entry in entries)),
+                str(len(entries)),
+                str(list(first.shape)),
+                first.dtype.name,
+                spec_text(first.spec),
+                "\n".join(fold(source for entry in entries for source in entry.sources)),
+                size(sum(entry.nbytes for entry in entries)),
+            )
+        lines = [
+            f"layout        {self.layout}",
+            f"bytes         {size(self.bytes_in)} in, {size(self.bytes_out)} out",
+            f"planned peak  {size(self.peak_bytes)} over all devices: source, results, "
+            f"{size(self.working_bytes)} for the layers in work",
+        ]
+        lines += [f"cast          {cast}: {len(names)} leaves" for cast, names in self.casts.items()]
+        lines += [f"tied          {name} repeats {to}" for name, to in self.ties.items()]
+        if self.ignored:
+            lines.append(f"ignored       {len(self.ignored)} variables of the trainer that are no parameters")
+        if self.engine_owned:
+            lines.append("engine-owned  " + ", ".join(fold(self.engine_owned)))
+        return render(table) + "\n".join(lines)
+
+    def to_json(self) -> str:
+        """All of the plan as one JSON object."""
+        entries = {
+            entry.name: {
+                "shape": entry.shape,
+                "dtype": entry.dtype.name,
+                "spec": list(entry.spec),
+                "bytes": entry.nbytes,
+                "sources": entry.sources,
+                "casts": entry.casts,
+                "tied_to": entry.tied_to,
+            }
+            for entry in self.entries
+        }
+        totals = {"bytes_in": self.bytes_in, "bytes_out": self.bytes_out, "peak_bytes": self.peak_bytes}
+        lists = {"ignored": self.ignored, "engine_owned": self.engine_owned}
+        return json.dumps({"layout": self.layout, **totals, **lists, "entries": entries}, indent=1)
+
+
+def axes_of(cut: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes over which a `PartitionSpec` cuts one dimension."""
+    return () if cut is None else (cut,) if isinstance(cut, str) else cut
+
+
+def spec_text(spec: PartitionSpec) -> str:
+    """A partitioning as people write it: `P(None, 'model')`."""
+    return f"P({', '.join(repr(axis) for axis in spec)})"
+
+
+def _families(entries: Iterable[Entry]) -> dict[tuple, list[Entry]]:
+    groups: dict[tuple, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((family(entry.name), entry.shape, entry.dtype, str(entry.spec)), []).append(entry)
+    return groups

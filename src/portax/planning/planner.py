@@ -1,0 +1,221 @@
+"""Makes a plan and checks it both ways: trainer against hooks, and layout against a live engine."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from portax._text.names import family, fold, numbers
+from portax.errors import PlanError, Problem
+from portax.layouts import Layout, Tensor
+from portax.planning.plan import PROGRAMS_IN_FLIGHT, Entry, Plan, axes_of, spec_text
+from portax.planning.trace import Hooks, Trace, trace
+from portax.trainer.param_tree import TrainerState
+from portax.trainer.scan import Section
+
+
+def make_plan(
+    hooks: Hooks,
+    wrapper: str,
+    state: TrainerState,
+    sections: Sequence[Section],
+    *,
+    target: Mapping[str, Any] | None,
+    strict_dtype: bool,
+) -> Plan:
+    """Plans a conversion and checks it both ways.
+
+    Args:
+        hooks: The converter.
+        wrapper: What the engine wraps its language model in.
+        state: The trainer's state.
+        sections: The state's sections.
+        target: The engine's leaves by name (arrays or shapes), if they are known.
+        strict_dtype: Whether a cast that loses precision is a problem.
+
+    Raises:
+        PlanError: Anything is missing, left over, of another shape or kind; all of it, at once.
+    """
+    problems: list[Problem] = []
+    entries: list[Entry] = []
+    tensors_per_layer: list[int] = []
+    working = 0
+    for section in sections:
+        traced = trace(hooks, section)
+        problems += _section_problems(section, traced, state.root)
+        new = list(_entries(hooks.layout, wrapper, section, traced, state.root))
+        working = max(working, sum(entry.nbytes for entry in new) // len(section.layers))
+        entries += new
+        tensors_per_layer.append(len(traced.tensors))
+    problems += _depth_problems(sections, hooks.config.num_decoder_layers, state.root)
+    problems += _entry_problems(entries, hooks.layout, strict_dtype)
+    owned: tuple[str, ...] = ()
+    if target is not None:
+        owned, target_problems = _against_target(entries, target, hooks.layout)
+        problems += target_problems
+    bytes_in = sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in state.leaves.values())
+    plan = Plan(
+        layout=repr(hooks.layout),
+        entries=tuple(entries),
+        tensors_per_layer=tuple(tensors_per_layer),
+        bytes_in=bytes_in,
+        working_bytes=PROGRAMS_IN_FLIGHT * working,
+        ignored=state.ignored,
+        engine_owned=owned,
+    )
+    if problems:
+        raise PlanError(_folded(problems), plan)
+    return plan
+
+
+def _entries(layout: Layout, wrapper: str, section: Section, traced: Trace, root: str) -> Iterable[Entry]:
+    for layer in section.layers:
+        for tensor, sources in zip(traced.tensors, traced.sources, strict=True):
+            dtype = np.dtype(tensor.array.dtype)
+            tied = tensor.tied_to and layout.path(Tensor(tensor.tied_to, None), layer=layer.index, wrapper=wrapper)
+            yield Entry(
+                name=layout.path(tensor, layer=layer.index, wrapper=wrapper),
+                shape=tuple(tensor.array.shape),
+                dtype=dtype,
+                spec=tensor.spec,
+                sources=tuple(root + layer.path(source) for source in sources),
+                casts=tuple(sorted({c for s in sources if (c := _narrowing(layer.leaves[s].dtype, dtype))})),
+                tied_to=tied,
+            )
+
+
+@functools.cache
+def _narrowing(source: Any, target: np.dtype) -> str | None:
+    if source.itemsize == 1:  # quantised, which is a problem of its own
+        return None
+    return None if jnp.promote_types(source, target) == target else f"{np.dtype(source)} -> {target}"
+
+
+def _folded(problems: Iterable[Problem]) -> Iterable[Problem]:
+    """One problem where layers differ in nothing but their number."""
+    groups: dict[Problem, list[str]] = {}
+    for problem in problems:
+        groups.setdefault(dataclasses.replace(problem, leaf=family(problem.leaf)), []).append(problem.leaf)
+    return [dataclasses.replace(problem, leaf=fold(names)[0]) for problem, names in groups.items()]
+
+
+def _section_problems(section: Section, traced: Trace, root: str) -> list[Problem]:
+    problems = [dataclasses.replace(problem, leaf=root + section.names(problem.leaf)) for problem in traced.problems]
+    used = traced.used | {problem.leaf for problem in traced.problems}
+    problems += [
+        Problem(
+            root + section.names(path),
+            f"shape {list(section.layers[0].leaves[path].shape)}, which no hook uses",
+            "only leaves that this model has",
+            "the config describes another model (tied or untied, dense or MoE), or the tree holds adapters",
+        )
+        for path in section.kind.paths
+        if path not in used
+    ]
+    return problems
+
+
+def _depth_problems(sections: Sequence[Section], expected: int, root: str) -> list[Problem]:
+    found = sorted(layer.index for section in sections for layer in section.layers if layer.index is not None)
+    if found == list(range(expected)):
+        return []
+    if doubled := sorted({index for index in found if found.count(index) > 1}):
+        what = f"layers {numbers(doubled)} twice"
+    else:
+        what = f"{len(found)} layers, {numbers(found)}" if found else "no layers"
+    return [
+        Problem(
+            f"{root}decoder",
+            what,
+            f"{expected} layers (num_decoder_layers)",
+            "the config is of another depth, param_scan_axis is not the trainer's, or layers were lost on the way",
+        )
+    ]
+
+
+def _entry_problems(entries: list[Entry], layout: Layout, strict_dtype: bool) -> list[Problem]:
+    problems = []
+    written: dict[str, Entry] = {}
+    for entry in entries:
+        if entry.name in written:
+            what = "one source for each engine leaf"
+            problems.append(Problem(entry.name, "two blocks of this name", what, "two hooks return the same weight"))
+        written[entry.name] = entry
+        problems += _cut_problems(entry, layout)
+        if strict_dtype and entry.casts:
+            cause = "strict_dtype=True; without it the values are rounded to nearest even"
+            problems.append(Problem(entry.name, f"a narrowing cast, {', '.join(entry.casts)}", "none", cause))
+    return problems
+
+
+def _cut_problems(entry: Entry, layout: Layout) -> Iterable[Problem]:
+    for size, cut in zip(entry.shape, entry.spec, strict=False):
+        axes = {axis: layout.mesh_axes[axis] for axis in axes_of(cut)}
+        if size % math.prod(axes.values()):
+            factors = " * ".join(f"{axis}={count}" for axis, count in axes.items() if count > 1)
+            cause = "this tensor-parallel size does not fit this model"
+            yield Problem(entry.name, f"a dimension of {size}", f"one that {factors} divides", cause)
+
+
+def _against_target(
+    entries: list[Entry], target: Mapping[str, Any], layout: Layout
+) -> tuple[tuple[str, ...], list[Problem]]:
+    problems = _mesh_problems(target, layout)
+    planned = {entry.name: entry for entry in entries}
+    owned = tuple(name for name in target if name not in planned and layout.owns(name))
+    for name in target:
+        if name not in planned and name not in owned:
+            cause = "the engine runs another model, wrapper, version or implementation than the layout says"
+            problems.append(Problem(name, "a leaf of the engine that nothing writes", "a source for it", cause))
+    for name, entry in planned.items():
+        if name not in target:
+            cause = "the engine runs another model, wrapper, version or implementation than the layout says"
+            problems.append(Problem(name, "no such leaf in the engine", f"{_leaf_text(entry)}", cause))
+        else:
+            problems += _leaf_problems(entry, target[name])
+    return owned, problems
+
+
+def _mesh_problems(target: Mapping[str, Any], layout: Layout) -> list[Problem]:
+    """An engine of another size may have leaves of the same shapes, in another order."""
+    shardings = [getattr(leaf, "sharding", None) for leaf in target.values()]
+    meshes = {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}
+    return [
+        Problem(
+            "the engine's mesh",
+            f"{axis}={mesh.shape.get(axis, 1)} in {dict(mesh.shape)}",
+            f"{axis}={size} from the layout",
+            "the layout was made for another tensor-parallel size, or another attention_dp",
+        )
+        for mesh in meshes
+        for axis, size in layout.mesh_axes.items()
+        if mesh.shape.get(axis, 1) != size
+    ]
+
+
+def _leaf_text(entry: Entry) -> str:
+    return f"{entry.dtype}{list(entry.shape)}"
+
+
+def _leaf_problems(entry: Entry, leaf: Any) -> Iterable[Problem]:
+    shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+    if (shape, dtype) != (entry.shape, entry.dtype):
+        cause = "tp, moe_backend, attention_dp, version or dtype is not the engine's, or the config is of another size"
+        yield Problem(entry.name, f"{dtype}{list(shape)} in the engine", f"{_leaf_text(entry)} from the layout", cause)
+        return
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding) and not _same_partitioning(sharding, entry):
+        cause = "the layout's tp, moe_backend or attention_dp is not the engine's"
+        found = f"{spec_text(sharding.spec)} on {dict(sharding.mesh.shape)} in the engine"
+        yield Problem(entry.name, found, f"{spec_text(entry.spec)} from the layout", cause)
+
+
+def _same_partitioning(sharding: NamedSharding, entry: Entry) -> bool:
+    if not {axis for cut in entry.spec for axis in axes_of(cut)} <= {*sharding.mesh.axis_names}:
+        return False
+    return NamedSharding(sharding.mesh, entry.spec).is_equivalent_to(sharding, len(entry.shape))

@@ -1,0 +1,145 @@
+"""The live mapping of an engine's leaves: read, checked, and written in place."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Sharding
+from jaxtyping import Array, Shaped
+
+from portax.errors import PlanError, Problem
+from portax.execution.executor import device_order
+from portax.planning.plan import Plan
+from portax.sync.transfer import zeros
+from portax.trainer.param_tree import unbox
+
+
+class EngineState:
+    """An engine's leaves by full name, in whatever mapping the engine keeps them.
+
+    Nothing outlives a sync but what the planned leaves look like: an engine may replace its arrays, and, if it is given
+    as a function, the whole mapping.
+    """
+
+    def __init__(self, state: Any):
+        """Wraps a mapping of arrays or of boxes with arrays, such as an `nnx.State`, or a function that returns it."""
+        self._find = state if callable(state) else lambda: state
+        self.refresh()
+        self._shapes: dict[str, jax.ShapeDtypeStruct] = {}
+
+    def refresh(self) -> None:
+        """Finds the mapping, and the leaves in it, anew."""
+        state = self._find()
+        if not isinstance(state, Mapping):
+            found, cause = f"a {type(state).__name__}", "pass the runner's `state`, not the runner or its model"
+            raise PlanError([Problem("engine_state", found, "a mapping of arrays", cause)])
+        self._cells = dict(_cells(state))
+
+    def leaves(self) -> dict[str, Shaped[Array, "..."]]:
+        """All leaves, as they are now."""
+        return {name: unbox(node[key]) for name, (node, key) in self._cells.items()}
+
+    def own(self, plan: Plan) -> None:
+        """Remembers how the planned leaves are held, for good.
+
+        Raises:
+            PlanError: A leaf is no array on a device, is deleted, or shares its buffer with another one.
+        """
+        leaves = self.leaves()
+        problems, seen = [], dict[Any, str]()
+        for entry in plan.entries:
+            leaf = leaves[entry.name]
+            if not isinstance(leaf, jax.Array) or leaf.is_deleted():
+                found = "a deleted array" if isinstance(leaf, jax.Array) else f"a {type(leaf).__name__}"
+                cause = "the engine has freed it (asleep, or between two updates), or these are shapes"
+                problems.append(Problem(entry.name, found, "a live jax.Array", cause))
+                continue
+            self._shapes[entry.name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            other = seen.setdefault(pointer(leaf), entry.name)
+            if other != entry.name:
+                cause = "tied leaves, or two engines, that share one array: each needs a buffer to be written into"
+                problems.append(Problem(entry.name, f"the buffer of {other}", "a buffer of its own", cause))
+        if problems:
+            raise PlanError(problems)
+
+    def check(self) -> None:
+        """Raises a `PlanError` if a leaf is not held as it was when the sync was made."""
+        self.refresh()
+        leaves = self.leaves()
+        problems = []
+        for name, shape in self._shapes.items():
+            leaf = leaves.get(name)
+            if not isinstance(leaf, jax.Array):
+                found = "nothing" if leaf is None else f"a {type(leaf).__name__}"
+                cause = "the engine was restarted, or its state was changed by hand: make a new WeightSync"
+                problems.append(Problem(name, found, "a jax.Array, as when the sync was made", cause))
+                continue
+            if leaf.is_deleted():
+                continue  # lost by a sync that failed; `take` makes a new one
+            if (leaf.shape, leaf.dtype) != (shape.shape, shape.dtype) or not leaf.sharding.is_equivalent_to(
+                shape.sharding, leaf.ndim
+            ):
+                expected = f"{shape.dtype}{list(shape.shape)}, {shape.sharding}, as when the sync was made"
+                cause = "the engine was restarted or loaded other weights: make a new WeightSync"
+                problems.append(Problem(name, f"{leaf.dtype}{list(leaf.shape)}, {leaf.sharding}", expected, cause))
+        if problems:
+            raise PlanError(problems)
+
+    def buffers(self) -> dict[Any, str]:
+        """Names of the planned leaves by the address of their first buffer."""
+        leaves = self.leaves()
+        return {pointer(leaves[name]): name for name in self._shapes if not leaves[name].is_deleted()}
+
+    def take(self, name: str) -> Shaped[Array, "..."]:
+        """The leaf whose buffer is to be written; a new one, if a failed sync has lost it."""
+        node, key = self._cells[name]
+        leaf = unbox(node[key])
+        if not leaf.is_deleted():
+            return leaf
+        return zeros(self._shapes[name])
+
+    def assign(self, leaves: Mapping[str, Shaped[Array, "..."]]) -> None:
+        """Puts finished leaves in their places."""
+        for name, leaf in leaves.items():
+            node, key = self._cells[name]
+            box = node[key]
+            if isinstance(box, jax.Array):
+                node[key] = leaf
+            else:
+                (getattr(box, "set_value", None) or _setter(box))(leaf)
+
+    def shapes(self, names: Sequence[str]) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes, dtypes and shardings of the planned leaves of these names."""
+        return tuple(self._shapes[name] for name in names)
+
+    def shardings(self, names: Sequence[str]) -> tuple[Sharding, ...]:
+        """How the planned leaves of these names are partitioned."""
+        return tuple(self._shapes[name].sharding for name in names)
+
+    def device_order(self) -> tuple[jax.Device, ...]:
+        """The devices that hold planned leaves, as programs number them."""
+        return device_order(next(iter(self._shapes.values())).sharding)
+
+    def devices(self) -> set[jax.Device]:
+        """All devices that hold planned leaves."""
+        return {device for shape in self._shapes.values() for device in shape.sharding.device_set}
+
+
+def pointer(leaf: Any) -> Any:
+    """Address of the first buffer that this process holds; something unique where there is none."""
+    shards = leaf.addressable_shards if isinstance(leaf, jax.Array) and not leaf.is_deleted() else ()
+    return shards[0].data.unsafe_buffer_pointer() if shards else id(leaf)
+
+
+def _cells(node: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[str, tuple[Any, Any]]]:
+    """Every leaf's name, and the mapping and key under which it can be replaced."""
+    for key, child in node.items():
+        here = (*path, *(str(part) for part in (key if isinstance(key, tuple) else (key,))))
+        if isinstance(child, Mapping):
+            yield from _cells(child, here)
+        else:
+            yield ".".join(here), (node, key)
+
+
+def _setter(box: Any) -> Callable[[Any], None]:
+    return lambda leaf: setattr(box, "value", leaf)

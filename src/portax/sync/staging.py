@@ -1,0 +1,64 @@
+"""`Staging`: a trainer-side copy in the engine's layout, for transports that move bytes themselves."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Array, Shaped
+
+from portax.converters.base import BaseConverter
+from portax.sync.weight_sync import WeightSync
+
+
+class Staging:
+    """Keeps one copy of the weights as the engine holds them, on the trainer's devices, always in the same buffers.
+
+    A transport (an RDMA engine, a reshard between pods) registers the buffers once and sends them after every `stage`.
+
+    Attributes:
+        weights: The staged leaves by the engine's names; empty before the first `stage`.
+    """
+
+    def __init__(self, converter: BaseConverter, mesh: Mesh):
+        """Makes an empty staging area.
+
+        Args:
+            converter: Says what the engine should hold.
+            mesh: The trainer's devices, with the axes that the engine's specs name.
+        """
+        self.weights: dict[str, Shaped[Array, "..."]] = {}
+        self._converter = converter.on(mesh)
+        self._sync: WeightSync | None = None
+
+    def stage(self, params: Any) -> dict[str, Shaped[Array, "..."]]:
+        """Fills the staged leaves with these parameters: new buffers the first time, the same ones from then on.
+
+        Args:
+            params: As for `converter.convert`.
+
+        Raises:
+            PlanError: As for `convert`.
+        """
+        if self._sync is None:
+            self.weights |= jax.block_until_ready(self._converter.convert(params))
+            self._sync = WeightSync(self._converter, self.weights)
+        else:
+            self._sync(params)
+        return self.weights
+
+    def manifest(self) -> list[dict[str, Any]]:
+        """What is staged, for the other side: name, shape, dtype, partitioning and bytes, sorted by name, as JSON.
+
+        It follows from the configuration and the layout alone, so two processes that build it get the same.
+        """
+        entries = self._converter.plan(self._converter.expected_tree()).entries
+        return [
+            {
+                "name": entry.name,
+                "shape": list(entry.shape),
+                "dtype": entry.dtype.name,
+                "spec": list(entry.spec),
+                "bytes": entry.nbytes,
+            }
+            for entry in sorted(entries, key=lambda entry: entry.name)
+        ]

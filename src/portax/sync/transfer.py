@@ -1,0 +1,188 @@
+"""How what the trainer's devices made gets into an engine's buffers: within one set of processes, or between two."""
+
+import functools
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array, Shaped
+
+from portax._text.names import numbers
+from portax.errors import SyncError
+from portax.execution.executor import Arrays
+from portax.weights import kernels
+
+Shapes: TypeAlias = tuple[jax.ShapeDtypeStruct, ...]
+Devices: TypeAlias = tuple[jax.Device, ...]
+Marks: TypeAlias = list[tuple[int, int] | None]
+
+_ALL = "all"
+
+
+class Local:
+    """Trainer and engine are on the same processes, where `device_put` reaches from any devices to any others.
+
+    Attributes:
+        sends: Whether this process has devices of the trainer: it does.
+        receives: Whether it has devices of the engine: it does.
+    """
+
+    sends = receives = True
+
+    def compile(self, shapes: Shapes) -> None:
+        """Nothing has to be compiled beforehand."""
+
+    def carry(self, arrays: Arrays, donors: Arrays | None, shapes: Shapes) -> Arrays:
+        """As `Bridge.carry`."""
+        arrived = jax.device_put(arrays, tuple(shape.sharding for shape in shapes))
+        return arrived if donors is None else _settled(arrived, donors)
+
+    def shared(self, marks: Marks, count: int) -> Marks:
+        """As `Bridge.shared`: every process has them all."""
+        return marks
+
+
+class Bridge:
+    """One program over both sides' devices, in which each trainer device sends its shard to one of the engine's.
+
+    Every process of either side makes the same calls in the same order: they are collectives.
+
+    Attributes:
+        ends: The devices of either side.
+        sends: Whether this process has devices of the trainer.
+        receives: Whether it has devices of the engine.
+    """
+
+    def __init__(self, sources: Devices, targets: Devices):
+        """Pairs the devices of both sides, in order; what the trainer has more of holds further copies.
+
+        Raises:
+            SyncError: The trainer has not as many as the engine, or a multiple, or they share devices.
+        """
+        if len(sources) % len(targets) or set(sources) & set(targets):
+            raise SyncError(
+                f"the trainer has {len(sources)} devices, on {_processes(sources)}, and the engine {len(targets)}, on "
+                f"{_processes(targets)}: between processes each device of the engine gets its part from one of the "
+                "trainer, which therefore needs as many, or a multiple, and none in common. Or keep a copy in the "
+                "engine's layout on the trainer's side, portax.Staging(converter, mesh), and let a transport move it"
+            )
+        everyone = (*sources, *targets)
+        self._mesh = Mesh(np.array(everyone), (_ALL,))
+        self._cut = NamedSharding(self._mesh, PartitionSpec(_ALL))
+        self._pairs = [(i, i + len(sources)) for i in range(len(targets))]
+        self._own = [device for device in everyone if device.process_index == jax.process_index()]
+        self._compiled: dict[Any, Any] = {}
+        self._highest = jax.jit(lambda x: x.max(0), out_shardings=NamedSharding(self._mesh, PartitionSpec()))
+        self.ends = (sources, targets)
+        self.sends = any(device in sources for device in self._own)
+        self.receives = any(device in targets for device in self._own)
+
+    def compile(self, shapes: Shapes) -> Any:
+        """The program that carries arrays of these shapes and dtypes, under the engine's shardings."""
+        key = tuple((shape.shape, shape.dtype, shape.sharding) for shape in shapes)
+        if key not in self._compiled:
+            stacks = [jax.ShapeDtypeStruct(self._stacked(s), s.dtype, sharding=self._cut) for s in shapes]
+            self._compiled[key] = jax.jit(self._send, donate_argnums=0).lower(stacks).compile()
+        return self._compiled[key]
+
+    def carry(self, arrays: Arrays, donors: Arrays | None, shapes: Shapes) -> Arrays:
+        """Puts arrays where the engine has them; between processes, what they lived in is freed.
+
+        Args:
+            arrays: What the trainer's devices hold, cut as the engine cuts it; empty, on processes without any.
+            donors: Arrays of the engine whose buffers the results take over; None for new ones.
+            shapes: Shape, dtype and sharding of each at the engine's.
+
+        Returns:
+            The arrays at the engine's; without any shard, on processes that have none of its devices.
+        """
+        donors = tuple(map(zeros, shapes)) if donors is None else donors
+        stacks = []
+        for i, shape in enumerate(shapes):
+            held = {
+                shard.device: shard.data
+                for array in (*arrays[i : i + 1], donors[i])
+                for shard in array.addressable_shards
+            }
+            shards = [held[device] for device in self._own]
+            stacks.append(jax.make_array_from_single_device_arrays(self._stacked(shape), self._cut, shards))
+        return tuple(map(_received, self.compile(shapes)(stacks), shapes))
+
+    def shared(self, marks: Marks, count: int) -> Marks:
+        """Fingerprints that one side knows, on all processes.
+
+        Args:
+            marks: Theirs; empty, on processes of the other side.
+            count: How many there are.
+        """
+        words = np.array([(0, 0, 0) if mark is None else (1, *mark) for mark in marks or [None] * count], np.uint32)
+        rows = [jax.device_put(words[None], device) for device in self._own]
+        stacked = jax.make_array_from_single_device_arrays((self._mesh.size, *words.shape), self._cut, rows)
+        return [(int(a), int(b)) if known else None for known, a, b in np.asarray(self._highest(stacked))]
+
+    def _send(self, stacks: list[Shaped[Array, "..."]]) -> list[Shaped[Array, "..."]]:
+        def sent(shard):
+            return kernels.cooked(lax.ppermute(kernels.raw(shard), _ALL, self._pairs))
+
+        spec = PartitionSpec(_ALL)
+        return jax.shard_map(lambda shards: [*map(sent, shards)], mesh=self._mesh, in_specs=spec, out_specs=spec)(
+            stacks
+        )
+
+    def _stacked(self, shape: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+        """The shape of every device's shard, of both sides, one after another."""
+        first, *rest = shape.sharding.shard_shape(shape.shape)
+        return (self._mesh.size * first, *rest)
+
+
+def _received(stack: Shaped[Array, "..."], shape: jax.ShapeDtypeStruct) -> Shaped[Array, "..."]:
+    shards = [shard.data for shard in stack.addressable_shards if shard.device in shape.sharding.device_set]
+    return jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, shards, dtype=shape.dtype)
+
+
+def route_between(sources: Devices, targets: Devices, existing: Local | Bridge | None = None) -> Local | Bridge:
+    """How to get from these devices to those.
+
+    Args:
+        sources: The trainer's; none, if it has its arrays in host memory.
+        targets: The engine's.
+        existing: Taken again, with its programs, if it connects the same.
+
+    Raises:
+        SyncError: As `Bridge`.
+    """
+    if not sources or _indices(sources) == _indices(targets):
+        return Local()
+    if isinstance(existing, Bridge) and existing.ends == (sources, targets):
+        return existing
+    return Bridge(sources, targets)
+
+
+def zeros(shape: jax.ShapeDtypeStruct) -> Shaped[Array, "..."]:
+    """Zeros of this shape, dtype and sharding; without any shard, on processes that have none of its devices."""
+    if not shape.sharding.addressable_devices:
+        return jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, [], dtype=shape.dtype)
+    return _zeros(shape.shape, shape.dtype, shape.sharding)()
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Any:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+@functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
+def _settled(arrived: Arrays, donors: Arrays) -> Arrays:
+    """The same values in the donors' buffers. The barrier keeps JAX from handing the arguments back as they are."""
+    return lax.optimization_barrier(arrived)
+
+
+def _processes(devices: Devices) -> str:
+    found = sorted(_indices(devices))
+    return f"process{'es' * (len(found) > 1)} {numbers(found)}"
+
+
+def _indices(devices: Devices) -> set[int]:
+    return {device.process_index for device in devices}

@@ -1,0 +1,1 @@
+"""Goldens, known values, the doctor and the demo: what proves portax, shipped with it."""

@@ -1,0 +1,175 @@
+"""Golden files: digests of what a real engine holds, and trees whose values are known."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from portax.errors import GoldenError
+from portax.layouts import FlaxNnx, HuggingFace, Layout, TpuInference
+from portax.testing.probe import probe
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """A trainer's tree as dumped: its configuration, and the shape and dtype of every parameter.
+
+    Attributes:
+        config: MaxText config attributes.
+        shapes: Shape and dtype by full path.
+    """
+
+    config: Mapping[str, Any]
+    shapes: Mapping[str, jax.ShapeDtypeStruct]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Tree":
+        """Reads a `source.json`.
+
+        Raises:
+            GoldenError: The file is not one.
+        """
+        content = _load(path, "config", "params")
+        try:
+            shapes = {
+                name: jax.ShapeDtypeStruct(tuple(leaf["shape"]), np.dtype(leaf["dtype"]))
+                for name, leaf in content["params"].items()
+            }
+        except (AttributeError, KeyError, TypeError) as error:
+            raise GoldenError(f"{path}: params is not a mapping of path to shape and dtype ({error!r})") from error
+        return cls(content["config"], shapes)
+
+    def fill(self) -> dict[str, np.ndarray]:
+        """Probe values for every parameter, in host memory."""
+        return {path: probe(path, leaf.shape).astype(leaf.dtype) for path, leaf in self.shapes.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class GoldenLeaf:
+    """One leaf as the engine held it.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Name of its dtype.
+        spec: Its partitioning; None where the file does not tell.
+        digest: First 16 hex digits of the sha256 of its bytes, in C order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    spec: PartitionSpec | None
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """What a real engine, or MaxText's own exporter, made of a tree.
+
+    Attributes:
+        layout: The layout that must reproduce it.
+        leaves: The trainer-owned leaves.
+        engine_owned: Names of the leaves that the engine fills itself.
+    """
+
+    layout: Layout
+    leaves: Mapping[str, GoldenLeaf]
+    engine_owned: tuple[str, ...]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Golden":
+        """Reads an engine's golden (`tpu-inference-*.json`) or a hub export's (`hf.json`).
+
+        Raises:
+            GoldenError: The file is neither.
+        """
+        content = _load(path)
+        try:
+            if "tensors" in content:
+                return cls(HuggingFace(), {name: _leaf(leaf) for name, leaf in content["tensors"].items()}, ())
+            leaves = content["leaves"]
+            trainer = {name: _leaf(leaf) for name, leaf in leaves.items() if leaf["owner"] == "trainer"}
+            return cls(_engine_layout(content), trainer, tuple(name for name in leaves if name not in trainer))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise GoldenError(f"{path}: is not a golden file: {error!r}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One leaf of a result held against its golden.
+
+    Attributes:
+        name: The leaf.
+        nbytes: Its size.
+        difference: What differs; empty if it is exact.
+    """
+
+    name: str
+    nbytes: int
+    difference: str
+
+
+def compare(weights: Mapping[str, Any], golden: Golden) -> list[Comparison]:
+    """Holds every leaf against the golden, both ways: keys, shapes, dtypes, specs, bytes."""
+    rows = [_compare_leaf(name, weights.get(name), leaf) for name, leaf in golden.leaves.items()]
+    rows += [
+        Comparison(name, leaf.nbytes, "the engine has no such leaf")
+        for name, leaf in weights.items()
+        if name not in golden.leaves
+    ]
+    return rows
+
+
+def digest(leaf: Any) -> str:
+    """First 16 hex digits of the sha256 of an array's bytes, in C order, unsharded."""
+    return hashlib.sha256(np.ascontiguousarray(np.asarray(leaf)).tobytes()).hexdigest()[:16]
+
+
+def _compare_leaf(name: str, leaf: Any, expected: GoldenLeaf) -> Comparison:
+    if leaf is None:
+        return Comparison(name, 0, "missing")
+    spec = leaf.sharding.spec if isinstance(getattr(leaf, "sharding", None), NamedSharding) else None
+    pairs: dict[str, tuple[Any, Any]] = {
+        "shape": (tuple(leaf.shape), expected.shape),
+        "dtype": (np.dtype(leaf.dtype).name, expected.dtype),
+    }
+    if spec is not None and expected.spec is not None:
+        pairs["spec"] = (spec, expected.spec)
+    pairs["sha256"] = (digest(leaf), expected.digest)
+    wrong = [f"{what} {got}, not {want}" for what, (got, want) in pairs.items() if got != want]
+    return Comparison(name, leaf.nbytes, "; ".join(wrong))
+
+
+def _engine_layout(content: Mapping[str, Any]) -> Layout:
+    attention_dp = content["mesh"].get("attn_dp")
+    options: dict[str, Any] = {
+        "version": content["versions"]["tpu-inference"],
+        "tp": content["mesh"]["model"] * (attention_dp or 1),
+        "moe_backend": (content["moe_backend"] or "gmm_tp").lower(),
+    }
+    if content.get("implementation") == "flax_nnx":
+        return FlaxNnx(**options)
+    return TpuInference(**options, attention_dp=attention_dp)
+
+
+def _leaf(row: Mapping[str, Any]) -> GoldenLeaf:
+    spec = None
+    if "spec" in row:
+        spec = PartitionSpec(*(tuple(axis) if isinstance(axis, list) else axis for axis in row["spec"]))
+    return GoldenLeaf(tuple(row["shape"]), row["dtype"], spec, row["sha256"])
+
+
+def _load(path: str | os.PathLike, *keys: str) -> dict[str, Any]:
+    try:
+        content = json.loads(pathlib.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise GoldenError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict) or not {*keys} <= {*content}:
+        raise GoldenError(f"{path}: is not a mapping with {', '.join(keys)}")
+    return content

@@ -1,0 +1,255 @@
+"""`validate`: a trainer's checkpoint, converted, loaded into an engine, and made to talk."""
+
+import abc
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group
+
+from portax._text.tables import new_table, render
+from portax._text.timing import timed
+from portax.checkpoints import config_json
+from portax.checkpoints.reading import Checkpoint
+from portax.cli.inputs import open_tree
+from portax.converters import converter_for
+from portax.converters.base import BaseConverter
+from portax.errors import ValidationError
+from portax.layouts import HuggingFace
+from portax.planning.plan import Plan
+from portax.validation.coverage import Coverage, coverage, coverage_table
+from portax.validation.prompts import Prompt, make_prompt, read_tokenizer
+
+DEFAULT_TOKENS = tuple(range(3, 11))
+MAX_NEW_TOKENS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What an engine generated.
+
+    Attributes:
+        tokens: Token ids.
+        margins: For each, how far the second best logit was below its own.
+    """
+
+    tokens: tuple[int, ...]
+    margins: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What an engine was loaded with.
+
+    Attributes:
+        plan: What was written from what, and what the engine fills itself.
+        ties: The engine's leaves that repeat others.
+    """
+
+    plan: Plan
+    ties: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A validation, checked as far as it can be without an engine.
+
+    Attributes:
+        converter: Converts to the hub's tensors.
+        params: The trainer's tree.
+        hub_config: The hub's `config.json` of the model.
+        plan: The conversion.
+        prompt: What the generation starts with.
+        tokenizer: Makes text of tokens; None without one.
+        max_new_tokens: Most tokens to generate.
+        seconds: How long each phase has taken so far.
+    """
+
+    converter: BaseConverter
+    params: Any
+    hub_config: Mapping[str, Any]
+    plan: Plan
+    prompt: Prompt
+    tokenizer: Any
+    max_new_tokens: int
+    seconds: dict[str, float]
+
+    def coverage(self, loaded: Loaded | None = None) -> tuple[Coverage, ...]:
+        """What was loaded covers, or the plan if nothing was."""
+        loaded = loaded or Loaded(self.plan, self.plan.ties)
+        others = self.params.others if isinstance(self.params, Checkpoint) else ()
+        return coverage(loaded.plan, ties=loaded.ties, others=others)
+
+
+class Engine(abc.ABC):
+    """Something that generates; `portax.integrations` has `transformers.Transformers` and `vllm.Vllm`.
+
+    Attributes:
+        name: What it is, and of which version.
+    """
+
+    name: str
+
+    @abc.abstractmethod
+    def load(self, job: Job) -> Loaded:
+        """Loads the model's weights, all of them; the phases go into `job.seconds`."""
+
+    @abc.abstractmethod
+    def generate(self, tokens: Sequence[int], count: int) -> Generated:
+        """Generates greedily, to an end-of-sequence token or to that many tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """A converted model that generated. Its `str` is a table.
+
+    Attributes:
+        engine: Name and version of the engine.
+        prompt: Token ids that it was given.
+        bos: The `<bos>` that was put in front of the prompt because it lacked one.
+        tokens: Token ids that it generated, greedily.
+        margins: For each of them, how far below it the second best logit was; what another program computes in
+            another order may differ where a margin is small.
+        text: The generated tokens as text; None without a tokenizer.
+        seconds: Time of each phase. `plan` includes the opening of the checkpoint.
+        coverage: What of the trainer's tree was read, what of the engine was written, and what was not.
+    """
+
+    engine: str
+    prompt: tuple[int, ...]
+    bos: int | None
+    tokens: tuple[int, ...]
+    margins: tuple[float, ...]
+    text: str | None
+    seconds: Mapping[str, float]
+    coverage: tuple[Coverage, ...]
+
+    def __str__(self) -> str:
+        phases = new_table("phase", ("seconds", "right"))
+        for phase, seconds in self.seconds.items():
+            phases.add_row(phase, f"{seconds:.3f}")
+        lines = [
+            f"engine     {self.engine}",
+            prompt_line(Prompt(self.prompt, self.bos)),
+            f"generated  {_listed(self.tokens)}",
+            f"margins    {', '.join(f'{margin:.3g}' for margin in self.margins)}",
+        ]
+        if self.text is not None:
+            lines.append(f"text       {self.text}")
+        return render(Group(coverage_table(self.coverage), phases)) + "\n".join(lines)
+
+    def to_json(self) -> str:
+        """All of it as one JSON object."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+def validate(
+    checkpoint: Any,
+    hub_config: Mapping[str, Any],
+    prompt: str | Sequence[int] = DEFAULT_TOKENS,
+    *,
+    engine: Engine,
+    config: Any = None,
+    tokenizer: str | os.PathLike | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    scratch: str | os.PathLike | None = None,
+) -> Validation:
+    """Converts a trainer's checkpoint, loads it into an engine, and generates greedily.
+
+    Args:
+        checkpoint: A path that `open_checkpoint` takes, or what `converter.convert` takes.
+        hub_config: The content of the hub's `config.json` of this model, held against the checkpoint.
+        prompt: Text, or token ids. `<bos>` is put in front if the family wants it and the prompt has none.
+        engine: `portax.integrations.transformers.Transformers()` or `portax.integrations.vllm.Vllm()`.
+        config: The trainer's configuration: anything that `ModelConfig.of` reads; None for the hub's.
+        tokenizer: A local folder with a tokenizer; text needs one.
+        max_new_tokens: Most tokens to generate.
+        scratch: As for `open_checkpoint`.
+
+    Returns:
+        What was generated, how long it took, and what was read and written.
+
+    Raises:
+        CheckpointError, ConfigError, PlanError, ValidationError: The checkpoint, the configurations, the conversion or
+            the prompt; before anything is converted or loaded.
+        MissingPackageError: The engine's packages are not installed.
+
+    Example:
+        >>> print(validate("checkpoints/1000/items", hub_config, [2, 50429, 563], engine=Transformers()))
+    """
+    return carry_out(
+        prepare(
+            checkpoint,
+            hub_config,
+            prompt,
+            config=config,
+            tokenizer=tokenizer,
+            max_new_tokens=max_new_tokens,
+            scratch=scratch,
+        ),
+        engine,
+    )
+
+
+def prepare(
+    checkpoint: Any,
+    hub_config: Mapping[str, Any],
+    prompt: str | Sequence[int] = DEFAULT_TOKENS,
+    *,
+    config: Any = None,
+    tokenizer: str | os.PathLike | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    scratch: str | os.PathLike | None = None,
+) -> Job:
+    """Opens, plans and checks; needs no engine, and loads nothing. Arguments and errors are those of `validate`."""
+    if max_new_tokens < 1:
+        raise ValidationError(f"max_new_tokens={max_new_tokens}: nothing would be generated; give at least 1")
+    if isinstance(prompt, str) and tokenizer is None:
+        raise ValidationError("a prompt of text needs a tokenizer: give a folder that holds one, or token ids")
+    seconds: dict[str, float] = {}
+    with timed(seconds, "plan"):
+        carried = None
+        if isinstance(checkpoint, str | os.PathLike):
+            checkpoint, carried = open_tree(checkpoint, scratch=scratch)
+        known = next(source for source in (config, carried, hub_config) if source is not None)
+        converter = converter_for(known, layout=HuggingFace())
+        plan = converter.plan(checkpoint)
+        config_json.check(hub_config, converter, plan)
+        reader: Any = None if tokenizer is None else read_tokenizer(tokenizer)
+        tokens = reader(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        start = make_prompt(tokens, converter, hub_config)
+    return Job(converter, checkpoint, hub_config, plan, start, reader, max_new_tokens, seconds)
+
+
+def carry_out(job: Job, engine: Engine) -> Validation:
+    """Loads the engine and generates.
+
+    Raises:
+        ValidationError: The engine did not take all weights.
+        MissingPackageError, PlanError, SyncError: As the engine has them.
+    """
+    loaded = engine.load(job)
+    with timed(job.seconds, "generate"):
+        generated = engine.generate(job.prompt.tokens, job.max_new_tokens)
+    return Validation(
+        engine=engine.name,
+        prompt=job.prompt.tokens,
+        bos=job.prompt.bos,
+        tokens=generated.tokens,
+        margins=generated.margins,
+        text=None if job.tokenizer is None else job.tokenizer.decode(generated.tokens),
+        seconds=job.seconds,
+        coverage=job.coverage(loaded),
+    )
+
+
+def prompt_line(prompt: Prompt) -> str:
+    """The prompt for people, and what was put in front of it."""
+    note = "" if prompt.bos is None else f" (<bos>, {prompt.bos}, was put in front: this model's prompts begin with it)"
+    return f"prompt     {_listed(prompt.tokens)}{note}"
+
+
+def _listed(tokens: Sequence[int]) -> str:
+    return ", ".join(map(str, tokens))
