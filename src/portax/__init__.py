@@ -37,15 +37,14 @@ from portax.planning.plan import Plan
 from portax.sync.report import SyncReport
 from portax.sync.staging import Staging
 from portax.sync.weight_sync import WeightSync
-from portax.trainer.layer_params import Leaves
-from portax.trainer.scan import Layer, ScanForm
+from portax.trainer.layer_params import LayerParams
+from portax.trainer.scan import Layer, ScanPattern
 from portax.weights import blocks, kernels
-from portax.weights.scale_shift import Affine
+from portax.weights.scale_shift import ScaleShift
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Affine",
     "BaseConverter",
     "Checkpoint",
     "CheckpointError",
@@ -58,8 +57,8 @@ __all__ = [
     "GoldenError",
     "Import",
     "Layer",
+    "LayerParams",
     "LayoutError",
-    "Leaves",
     "LlamaConverter",
     "MissingPackageError",
     "ModelConfig",
@@ -72,7 +71,8 @@ __all__ = [
     "Qwen3NextConverter",
     "Qwen3_5Converter",
     "ReportError",
-    "ScanForm",
+    "ScaleShift",
+    "ScanPattern",
     "Staging",
     "SyncError",
     "SyncReport",

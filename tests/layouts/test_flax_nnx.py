@@ -24,9 +24,9 @@ TP4 = FlaxNnx(version="0.32", tp=4)
 
 
 def converter(name, layout=TP4, **changes):
-    wrapper = changes.pop("wrapper", None)
+    module_prefix = changes.pop("module_prefix", None)
     config = {key: value for key, value in tree(name).config.items() if key.removeprefix("base_") not in changes}
-    return portax.converter_for(config | changes, layout=layout, wrapper=wrapper)
+    return portax.converter_for(config | changes, layout=layout, module_prefix=module_prefix)
 
 
 def live(name):
@@ -103,7 +103,7 @@ def test_a_family_that_the_engine_runs_on_torchax(name, architecture):
 
 def test_gemma4_of_text_alone_was_not_run():
     with pytest.raises(portax.LayoutError, match="Gemma4ForCausalLM is not among the native JAX models"):
-        converter(GEMMA, wrapper="")
+        converter(GEMMA, module_prefix="")
 
 
 def test_layers_without_keys_and_values():
@@ -262,19 +262,19 @@ def installed(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda package: "0.32.0")
 
 
-@pytest.mark.parametrize(("name", "wrapper"), [(QWEN3, ""), (LLAMA, ""), (GEMMA, "language_model.")])
-def test_everything_is_read_off_the_engine(installed, name, wrapper):
+@pytest.mark.parametrize(("name", "module_prefix"), [(QWEN3, ""), (LLAMA, ""), (GEMMA, "language_model.")])
+def test_everything_is_read_off_the_engine(installed, name, module_prefix):
     engine = Engine(name, backends=[Backend.GMM_EP])
     assert tpu_inference.layout(engine) == FlaxNnx(version="0.32.0", tp=2, moe_backend="gmm_ep")
     assert tpu_inference.layout(Engine(name)).moe_backend == "gmm_tp"
-    assert tpu_inference.wrapper(engine) == wrapper
+    assert tpu_inference.module_prefix(engine) == module_prefix
 
 
 def test_a_state_without_an_embedding(installed):
     engine = Engine(QWEN3)
     del engine.runner.state["model"]["embed_tokens"]
     with pytest.raises(portax.LayoutError, match=r"no leaf model.\*embed_tokens.weight"):
-        tpu_inference.wrapper(engine)
+        tpu_inference.module_prefix(engine)
 
 
 def test_attention_data_parallelism_was_not_run(installed):
@@ -300,7 +300,7 @@ def test_an_engine_on_torchax_is_no_native_one():
         converter(QWEN3).plan(
             tree(QWEN3).shapes, {"vllm_model.model.norm.weight": jax.ShapeDtypeStruct((48,), "bfloat16")}
         )
-    assert TpuInference(version="0.32", tp=4).serving("Qwen3ForCausalLM") == TpuInference(version="0.32", tp=4)
+    assert TpuInference(version="0.32", tp=4).for_architecture("Qwen3ForCausalLM") == TpuInference(version="0.32", tp=4)
 
 
 def run(capsys, *args):

@@ -110,7 +110,7 @@ def test_tied_models_have_no_head_of_their_own_outside_the_engine():
 def test_a_wrapped_language_model(layout, layer, head):
     names = [
         e.name
-        for e in portax.converter_for(tree(DENSE).config, layout=layout, wrapper="language_model.")
+        for e in portax.converter_for(tree(DENSE).config, layout=layout, module_prefix="language_model.")
         .plan(tree(DENSE).shapes)
         .entries
     ]

@@ -22,7 +22,7 @@ import portax
 from portax.execution import executor
 from portax.layouts import TpuInference
 from portax.sync.fingerprint import fingerprint, fingerprints
-from portax.sync.transfer import Bridge
+from portax.sync.transfer import CrossProcessTransfer
 from portax.testing.doctor import examine
 from portax.testing.golden import compare
 
@@ -206,7 +206,7 @@ def test_processes_whose_devices_do_not_pair(targets):
         rf"trainer has 2 devices, on process 0, and the engine {count}, on process 0: .* or a multiple.*portax.Staging"
     )
     with pytest.raises(portax.SyncError, match=match):
-        Bridge(devices[:2], devices[targets])
+        CrossProcessTransfer(devices[:2], devices[targets])
 
 
 def test_an_nnx_state_is_written_too():

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portax.weights import kernels
-from portax.weights.scale_shift import Affine
+from portax.weights import bits, kernels
+from portax.weights.scale_shift import ScaleShift
 
 settings.register_profile("portax", deadline=None, max_examples=30)
 settings.load_profile("portax")
@@ -105,18 +105,18 @@ def test_pad_axis_appends_zeros(rows, columns, axis, multiple):
     np.testing.assert_array_equal(kernels.pad_axis(jnp.array(x), axis=axis, multiple=multiple), np.pad(x, widths))
 
 
-def test_raw_bfloat16_is_its_bits_and_back():
-    bits = np.arange(2**16, dtype=np.uint16)
-    values = jnp.array(bits).view(jnp.bfloat16)
-    np.testing.assert_array_equal(kernels.raw(values), bits)
-    np.testing.assert_array_equal(np.asarray(kernels.cooked(kernels.raw(values))).view(np.uint16), bits)
-    np.testing.assert_array_equal(kernels.seal(kernels.raw(values), jnp.array(False)), bits)
+def test_bfloat16_is_its_bits_and_back():
+    every = np.arange(2**16, dtype=np.uint16)
+    values = jnp.array(every).view(jnp.bfloat16)
+    np.testing.assert_array_equal(bits.to_bits(values), every)
+    np.testing.assert_array_equal(np.asarray(bits.from_bits(bits.to_bits(values))).view(np.uint16), every)
+    np.testing.assert_array_equal(bits.pin_bits(bits.to_bits(values), jnp.array(False)), every)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
 def test_other_floats_travel_as_they_are(dtype):
     x = jnp.ones(3, dtype)
-    assert kernels.raw(x) is kernels.cooked(x) is kernels.seal(x, jnp.array(False)) is x
+    assert bits.to_bits(x) is bits.from_bits(x) is bits.pin_bits(x, jnp.array(False)) is x
 
 
 @given(st.lists(sizes, min_size=1, max_size=4), sizes, sizes)
@@ -150,16 +150,16 @@ def test_biases_are_packed_as_the_columns_that_they_are_added_to(shape):
 
 
 @pytest.mark.parametrize(
-    ("affine", "reference"),
+    ("scale_shift", "reference"),
     [
-        (Affine(minus=1.0), lambda x: x - np.float32(1)),
-        (Affine(times=11.3137), lambda x: x * np.float32(11.3137)),
-        (Affine(over=53.0660), lambda x: x * (np.float32(1) / np.float32(53.0660))),
+        (ScaleShift(minus=1.0), lambda x: x - np.float32(1)),
+        (ScaleShift(times=11.3137), lambda x: x * np.float32(11.3137)),
+        (ScaleShift(over=53.0660), lambda x: x * (np.float32(1) / np.float32(53.0660))),
     ],
 )
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_affine_values_are_computed_in_float32_and_rounded_once(affine, reference, dtype):
+def test_affine_values_are_computed_in_float32_and_rounded_once(scale_shift, reference, dtype):
     x = np.random.default_rng(0).standard_normal(4096).astype(np.float32).astype(dtype)
-    got = kernels.cooked(jax.jit(affine)(kernels.raw(jnp.asarray(x))))
+    got = bits.from_bits(jax.jit(scale_shift)(bits.to_bits(jnp.asarray(x))))
     assert got.dtype == dtype
     np.testing.assert_array_equal(np.asarray(got), reference(x.astype(np.float32)).astype(dtype))

@@ -14,7 +14,7 @@ def natural_order(name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     return tuple(_NUMBER.split(name)), tuple(int(n) for n in _NUMBER.findall(name))
 
 
-def family(name: str) -> str:
+def fold_key(name: str) -> str:
     """The name with layer and expert numbers left out: `layers.*.mlp.gate.weight`."""
     return _INDEX.sub("*", name)
 
@@ -36,7 +36,7 @@ def fold(names: Iterable[str]) -> list[str]:
     """
     families: dict[str, list[tuple[str, ...]]] = {}
     for name in names:
-        families.setdefault(family(name), []).append(tuple(_INDEX.findall(name)))
+        families.setdefault(fold_key(name), []).append(tuple(_INDEX.findall(name)))
     return [_folded(pattern, rows) for pattern, rows in families.items()]
 
 

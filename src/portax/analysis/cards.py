@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from portax._text.names import family, fold, folded_into, parts
+from portax._text.names import fold, fold_key, folded_into, parts
 from portax._text.tables import size
 from portax.analysis.compare import Found
 from portax.analysis.diff_report import Diff, LeafDiff, groups
@@ -115,9 +115,9 @@ def _alike(entries: Iterable[Entry]) -> Iterator[tuple[str, list[list[Entry]]]]:
 
 
 def _look(entry: Entry) -> tuple[Any, ...]:
-    sources = tuple(sorted({family(source) for source in entry.sources}))
-    tied = entry.tied_to and family(entry.tied_to)
-    return family(entry.name), entry.shape, entry.dtype, entry.spec, entry.casts, tied, sources
+    sources = tuple(sorted({fold_key(source) for source in entry.sources}))
+    tied = entry.tied_to and fold_key(entry.tied_to)
+    return fold_key(entry.name), entry.shape, entry.dtype, entry.spec, entry.casts, tied, sources
 
 
 def _section(
@@ -163,7 +163,7 @@ def _families(names: Iterable[str], leaves: Mapping[str, Any] | None = None) -> 
     for name in names:
         leaf = leaves[name] if leaves else None
         look = (tuple(leaf.shape), np.dtype(leaf.dtype)) if leaf is not None else None
-        found.setdefault((family(name), look), []).append(name)
+        found.setdefault((fold_key(name), look), []).append(name)
     for group in found.values():
         yield sorted(group, key=lambda name: parts(name)[1])
 

@@ -28,7 +28,7 @@ class _Side:
         what: What it is, in words.
         names: Full names by path; paths have their parts apart by `/`, so that they are comparable.
         specs: Shapes and dtypes by path.
-        read: Leaves of the given paths, by path, some at a time.
+        read: LayerParams of the given paths, by path, some at a time.
         converted: Whether they are converted when they are read.
         outside: Paths of what is outside the layers, where that is known.
     """
@@ -94,7 +94,7 @@ def diff(
 
 
 def _side(
-    tree: Any, state: param_tree.TrainerState, letter: str, converter: BaseConverter | None, *, rooted: bool
+    tree: Any, state: param_tree.ParamTree, letter: str, converter: BaseConverter | None, *, rooted: bool
 ) -> _Side:
     what = f"{tree.path} ({tree.form})" if isinstance(tree, Checkpoint) else f"a state ({letter})"
     if converter is not None and any(path.startswith(_DECODER) for path in state.leaves):
@@ -159,7 +159,7 @@ def _beside(one: _Side, two: _Side, layout: Layout, piece_bytes: int | None) -> 
         if not mine.converted or other.converted:
             continue
         for path in other.specs.keys() - mine.specs.keys():
-            if layout.owns(other.names[path]):
+            if layout.is_engine_owned(other.names[path]):
                 yield other.names[path], "no weight of the language model"
             elif piece_bytes and (same := _repeated(path, mine.outside, other, piece_bytes)):
                 yield other.names[path], f"repeats {same}"

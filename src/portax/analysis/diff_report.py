@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from portax._text.names import family, fold
+from portax._text.names import fold, fold_key
 from portax._text.tables import new_table, render, size
 from portax.analysis.compare import Found
 
@@ -138,7 +138,7 @@ def groups(leaves: Iterable[LeafDiff]) -> list[list[LeafDiff]]:
     """Leaves that differ in nothing but their number and in how much their values do, together."""
     found: dict[Any, list[LeafDiff]] = {}
     for leaf in leaves:
-        found.setdefault((family(leaf.name), _kind(leaf.a), _kind(leaf.b), leaf.differences), []).append(leaf)
+        found.setdefault((fold_key(leaf.name), _kind(leaf.a), _kind(leaf.b), leaf.differences), []).append(leaf)
     return [*found.values()]
 
 

@@ -12,9 +12,9 @@ from portax.converters.base import BaseConverter
 from portax.errors import ConfigError, PortaxError
 from portax.layouts import Canonical
 from portax.trainer import param_tree
-from portax.trainer.layer_params import Leaves
+from portax.trainer.layer_params import LayerParams
 from portax.trainer.scan import Section
-from portax.weights.scale_shift import Affine
+from portax.weights.scale_shift import ScaleShift
 
 _SWITCHES = (
     "inhomogeneous_layer_cycle_interval",
@@ -39,7 +39,7 @@ class Match:
         scan_axis: First scan axis of stacked leaves.
         config: The configuration, if the leaves tell all of its sizes; switches that no leaf tells are the family's.
         usual: Whether MaxText keeps this family in trees of exactly these paths.
-        odd: Leaves that speak against it: missing, left over, or of a shape that no size explains.
+        odd: LayerParams that speak against it: missing, left over, or of a shape that no size explains.
     """
 
     decoder_block: str
@@ -107,9 +107,7 @@ def _structure(config: ModelConfig) -> tuple[Any, ...]:
     return (*values.values(), config.num_experts > 1, config.num_kv_shared_layers)
 
 
-def _match(
-    family: type[BaseConverter], example: ModelConfig, state: param_tree.TrainerState, axis: int
-) -> Match | None:
+def _match(family: type[BaseConverter], example: ModelConfig, state: param_tree.ParamTree, axis: int) -> Match | None:
     """Holds the state against one structure of a family; None if the family cannot read such a tree at all."""
     tied = "decoder/logits_dense/kernel" not in state.leaves
     try:
@@ -118,7 +116,7 @@ def _match(
         return None
 
 
-def _compared(family: type[BaseConverter], config: ModelConfig, state: param_tree.TrainerState) -> Match:
+def _compared(family: type[BaseConverter], config: ModelConfig, state: param_tree.ParamTree) -> Match:
     """Sizes follow from what the family's hooks call the axes of each leaf."""
     layout = Canonical()
     found = family(config, layout=layout).sections(state)
@@ -172,22 +170,22 @@ def _solved(config: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig | None
 def _read(converter: BaseConverter, section: Section) -> Mapping[str, str]:
     """Which leaves the hooks read of one layer, and what they call the size of each axis."""
     kind = section.kind
-    leaves = _Listening(kind.paths, converter.config, traits=kind.traits)
+    leaves = _Listening(kind.paths, converter.config, types=kind.types)
     hook = converter.global_weights if kind.is_global else converter.layer_blocks
     jax.eval_shape(lambda: jax.tree.leaves(hook(leaves)))
     return leaves.axes
 
 
-class _Listening(Leaves):
+class _Listening(LayerParams):
     """Leaves that write down how they are read, whatever their shapes."""
 
-    def __init__(self, paths: Iterable[str], config: ModelConfig, *, traits: frozenset[str]):
-        super().__init__(dict.fromkeys(paths), config, traits=traits)
+    def __init__(self, paths: Iterable[str], config: ModelConfig, *, types: frozenset[str]):
+        super().__init__(dict.fromkeys(paths), config, types=types)
         self.axes: dict[str, str] = {}
 
-    def read(self, path: str, axes: str, affine: Affine | None = None) -> Any:
+    def read(self, path: str, axes: str, scale_shift: ScaleShift | None = None) -> Any:
         self.axes[path] = axes
-        return super().read(path, axes, affine)
+        return super().read(path, axes, scale_shift)
 
 
 def _without_scan(section: Section, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
@@ -218,8 +216,8 @@ def _value(term: str, known: Mapping[str, int]) -> int:
     return math.prod(int(f) if f.isdecimal() else known.get(f, 1) for f in term.split("*"))
 
 
-def _usual(converter: BaseConverter, state: param_tree.TrainerState) -> bool:
-    forms = (True, False) if converter.scan_form is not None else (False,)
+def _usual(converter: BaseConverter, state: param_tree.ParamTree) -> bool:
+    forms = (True, False) if converter.scan_pattern is not None else (False,)
     try:
         return any(converter.expected_tree(scanned=scanned).keys() == {*state.leaves} for scanned in forms)
     except PortaxError:  # the family has no tree without a checkpoint to look at

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
-from portax._text.names import family, fold
+from portax._text.names import fold, fold_key
 from portax._text.tables import new_table, size
 from portax.analysis.identify import Match, identify
 from portax.checkpoints.reading import Checkpoint
@@ -143,7 +143,9 @@ def tree_table(tree: Mapping[str, Mapping[str, Any]]) -> RenderableType:
     table = new_table("leaf family", ("count", "right"), "shape", "dtype", "chunk", ("bytes", "right"))
     groups: dict[Any, list[str]] = {}
     for path, leaf in tree.items():
-        groups.setdefault((family(path), str(leaf["shape"]), leaf["dtype"], str(leaf["chunk"] or "")), []).append(path)
+        groups.setdefault((fold_key(path), str(leaf["shape"]), leaf["dtype"], str(leaf["chunk"] or "")), []).append(
+            path
+        )
     for (_, shape, dtype, chunk), paths in groups.items():
         nbytes = size(sum(tree[path]["bytes"] for path in paths))
         table.add_row("\n".join(fold(paths)), str(len(paths)), shape, dtype, chunk, nbytes)

@@ -46,7 +46,7 @@ def check_space(folder: pathlib.Path, need: int) -> None:
 
 
 @contextlib.contextmanager
-def workplace(folder: pathlib.Path, manifest: Mapping[str, Any] | None) -> Iterator[pathlib.Path]:
+def atomic_dir(folder: pathlib.Path, manifest: Mapping[str, Any] | None) -> Iterator[pathlib.Path]:
     """A folder that gets its name when the block ends without an error.
 
     What an interrupted export left is there again if its manifest was the same; else it is removed, never mixed.

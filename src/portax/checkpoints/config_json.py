@@ -71,7 +71,7 @@ def check(hub_config: Mapping[str, Any], converter: BaseConverter, plan: Plan) -
             f"{converter.config.decoder_block}"
         )
     config = dataclasses.replace(read_off, rope_type=converter.config.rope_type)  # the trainer's own affair
-    hub = type(converter)(config, layout=converter.layout, wrapper=converter.wrapper)
+    hub = type(converter)(config, layout=converter.layout, module_prefix=converter.module_prefix)
     expected = {entry.name: entry.shape for entry in hub.plan(hub.expected_tree(scanned=False)).entries}
     planned = {entry.name: entry.shape for entry in plan.entries}
     if odd := [name for name in {**planned, **expected} if planned.get(name) != expected.get(name)]:

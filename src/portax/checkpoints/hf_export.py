@@ -15,7 +15,7 @@ from jaxtyping import Array, Shaped
 
 import portax
 from portax.checkpoints import config_json, vocab_chunks
-from portax.checkpoints.atomic_dir import check_space, refuse_existing, workplace
+from portax.checkpoints.atomic_dir import atomic_dir, check_space, refuse_existing
 from portax.checkpoints.behind import Behind
 from portax.checkpoints.file_io import write_text
 from portax.checkpoints.reading import Checkpoint
@@ -97,7 +97,7 @@ def export(
     work = _Work(converter, params, bucket_bytes)
     shards = make_shards(work.order(), shard_bytes)
     report = progress or (lambda _: None)
-    with workplace(folder, _manifest(converter, params, plan, shards)) as unfinished:
+    with atomic_dir(folder, _manifest(converter, params, plan, shards)) as unfinished:
         todo = [shard for shard in shards if not shard.is_whole(unfinished)]
         check_space(unfinished, sum(shard.nbytes for shard in todo))
         report(sum(shard.tensor_bytes for shard in shards if shard not in todo))
@@ -119,7 +119,7 @@ def _manifest(converter: BaseConverter, params: Any, plan: Plan, shards: tuple[S
         "portax": portax.__version__,
         "layout": repr(converter.layout),
         "converter": f"{type(converter).__module__}.{type(converter).__qualname__}",
-        "wrapper": converter.wrapper,
+        "module_prefix": converter.module_prefix,
         "config": dataclasses.asdict(converter.config),
         "source": params.identity,
         "plan": hashlib.sha256(plan.to_json().encode()).hexdigest(),

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from portax.checkpoints.atomic_dir import check_space, refuse_existing, workplace
+from portax.checkpoints.atomic_dir import atomic_dir, check_space, refuse_existing
 from portax.checkpoints.orbax_writer import ITEM, NewArray, Stores, chunk_shape, write_checkpoint
 from portax.converters.base import BaseConverter
 from portax.execution.inverse import Restoration
@@ -81,7 +81,7 @@ def import_checkpoint(
             stores.write({_ROOT + path: leaf for path, leaf in leaves.items()}, layer.place(scan_axis))
             report(sum(leaf.nbytes for leaf in leaves.values()))
 
-    with workplace(folder, None) as unfinished:
+    with atomic_dir(folder, None) as unfinished:
         check_space(unfinished, restoration.nbytes)
         write_checkpoint(unfinished, new_arrays(restoration), fill, {"scan_layers": scanned})
     seconds = time.perf_counter() - start

@@ -89,7 +89,7 @@ class StoredArray(LazyArray):
         return self._unstacked[axes]
 
 
-class OrbaxFiles:
+class OrbaxReader:
     """The leaves of one Orbax checkpoint.
 
     Attributes:

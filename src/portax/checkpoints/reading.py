@@ -6,9 +6,9 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from portax.checkpoints.orbax_reader import OrbaxFiles
+from portax.checkpoints.orbax_reader import OrbaxReader
 from portax.checkpoints.rechunk import Scratch
-from portax.checkpoints.safetensors_reader import INDEX, SafetensorsFiles
+from portax.checkpoints.safetensors_reader import INDEX, SafetensorsReader
 from portax.errors import CheckpointError
 from portax.trainer.lazy_array import LazyArray
 
@@ -82,15 +82,15 @@ def open_checkpoint(path: str | os.PathLike, *, scratch: str | os.PathLike | Non
     return Checkpoint(files.path, files.form, root, leaves, others, files.identity)
 
 
-def _open(path: str, scratch: Scratch) -> OrbaxFiles | SafetensorsFiles:
+def _open(path: str, scratch: Scratch) -> OrbaxReader | SafetensorsReader:
     if "://" in path:
-        return OrbaxFiles(path, scratch)
+        return OrbaxReader(path, scratch)
     local = pathlib.Path(path)
     if not local.exists():
         raise CheckpointError(f"{path}: there is no such checkpoint")
     inside = [*local.iterdir()] if local.is_dir() else [local]
     if any(file.suffix == ".safetensors" or file.name == INDEX for file in inside):
-        return SafetensorsFiles(local)
+        return SafetensorsReader(local)
     if pickled := [file.name for file in inside if file.suffix in _PICKLED]:
         raise CheckpointError(
             f"{path}: {pickled[0]} is a pickle, which can run code when it is read, and is refused; save the weights "
@@ -98,7 +98,7 @@ def _open(path: str, scratch: Scratch) -> OrbaxFiles | SafetensorsFiles:
         )
     if local.is_file():
         raise CheckpointError(f"{path}: is neither an Orbax checkpoint's folder nor a .safetensors file")
-    return OrbaxFiles(str(local.absolute()), scratch)
+    return OrbaxReader(str(local.absolute()), scratch)
 
 
 def _parameters(found: Mapping[str, Any]) -> tuple[str, dict[str, LazyArray], dict[str, Any]]:

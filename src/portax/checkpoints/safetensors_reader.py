@@ -75,7 +75,7 @@ class SafetensorsArray(LazyArray):
             raise CheckpointError(f"{self._path}: {self.name} cannot be read ({error})") from error
 
 
-class SafetensorsFiles:
+class SafetensorsReader:
     """The tensors of one safetensors file, or of a folder of them.
 
     Attributes:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from portax._text.names import family, fold
+from portax._text.names import fold, fold_key
 from portax._text.tables import new_table, size
 from portax.config.model_config import ModelConfig
 from portax.converters.base import BaseConverter
@@ -48,7 +48,7 @@ def comparison_table(runs: Mapping[str, Sequence[Comparison]], *, title: str) ->
     families: dict[str, dict[str, list[Comparison]]] = {}
     for run, rows in runs.items():
         for row in rows:
-            families.setdefault(family(row.name), {}).setdefault(run, []).append(row)
+            families.setdefault(fold_key(row.name), {}).setdefault(run, []).append(row)
     for of_family in families.values():
         some = next(iter(of_family.values()))
         cells = [_verdict(of_family.get(run, [])) for run in runs]

@@ -17,9 +17,9 @@ from portax.execution.inverse import Restoration
 from portax.layouts import Layout, TpuInference
 from portax.planning.plan import Plan
 from portax.planning.planner import make_plan
-from portax.planning.trace import hold
+from portax.planning.trace import lower
 from portax.trainer import param_tree, scan
-from portax.trainer.layer_params import Axes, Leaves
+from portax.trainer.layer_params import Axes, LayerParams
 
 Weights: TypeAlias = dict[str, Shaped[Array, "..."]]
 
@@ -35,7 +35,7 @@ class BaseConverter(PlainDecoder):
         config: The model's configuration.
         layout: How the engine holds weights.
         mesh: Where results go; None leaves them where they were computed.
-        wrapper: What this engine's model class wraps its language model in, e.g. `language_model.`.
+        module_prefix: What this engine's model class wraps its language model in, e.g. `language_model.`.
         strict_dtype: Whether a cast that loses precision is an error.
     """
 
@@ -45,7 +45,7 @@ class BaseConverter(PlainDecoder):
         mesh: Mesh | None = None,
         *,
         layout: Layout | None = None,
-        wrapper: str | None = None,
+        module_prefix: str | None = None,
         strict_dtype: bool = False,
     ):
         """Makes a converter.
@@ -55,7 +55,7 @@ class BaseConverter(PlainDecoder):
             mesh: Where results go.
             layout: How the engine holds weights; None reads it off `config.rollout_tensor_parallelism` and the
                 installed tpu-inference.
-            wrapper: None for `default_wrapper`.
+            module_prefix: None for `default_module_prefix`.
             strict_dtype: Whether a cast that loses precision is an error.
 
         Raises:
@@ -64,9 +64,9 @@ class BaseConverter(PlainDecoder):
         """
         self.config = ModelConfig.of(config)
         self.mesh = mesh
-        self.wrapper = self.default_wrapper if wrapper is None else wrapper
+        self.module_prefix = self.default_module_prefix if module_prefix is None else module_prefix
         layout = layout if layout is not None else _rollout_layout(self.config)
-        self.layout = layout.serving(self.architecture)
+        self.layout = layout.for_architecture(self.architecture)
         self.strict_dtype = strict_dtype
         self._plans: dict[Any, Plan] = {}
         self._executor = executor.Executor(self, mesh)
@@ -173,19 +173,19 @@ class BaseConverter(PlainDecoder):
         Args:
             scanned: Whether layers are stacked.
             dtype: Dtype of every leaf.
-            partition: How a leaf is spread over devices, given its axes; see `trainer_mesh.partition`.
+            partition: How a leaf is spread over devices, given its axes; see `logical_axes.partition`.
 
         Returns:
             Shapes by path.
         """
         depth = self.config.num_decoder_layers
-        traits = self.layer_traits((), depth)
+        types = self.layer_types((), depth)
         stacks = scan.unscanned(depth)
-        if scanned and self.scan_form is not None:
-            stacks = self.scan_form.stacks(depth, len(self.layer_cycle(())))
-        found = self._expected(Leaves({}, self.config), is_global=True)
+        if scanned and self.scan_pattern is not None:
+            stacks = self.scan_pattern.stacks(depth, len(self.layer_cycle(())))
+        found = self._expected(LayerParams({}, self.config), is_global=True)
         for container, lengths, first in stacks:
-            layer = Leaves({}, self.config, traits=traits[first], scan=lengths)
+            layer = LayerParams({}, self.config, types=types[first], scan=lengths)
             found |= {f"{container}/{path}": axes for path, axes in self._expected(layer).items()}
         return {
             path: jax.ShapeDtypeStruct(
@@ -194,8 +194,8 @@ class BaseConverter(PlainDecoder):
             for path, axes in found.items()
         }
 
-    def _expected(self, leaves: Leaves, is_global: bool = False) -> dict[str, Axes]:
-        jax.eval_shape(lambda: hold(self, leaves, is_global=is_global))
+    def _expected(self, leaves: LayerParams, is_global: bool = False) -> dict[str, Axes]:
+        jax.eval_shape(lambda: lower(self, leaves, is_global=is_global))
         return leaves.expected
 
     def _check_config(self) -> None:
@@ -219,7 +219,11 @@ class BaseConverter(PlainDecoder):
             LayoutError: The mesh does not fit the layout.
         """
         return type(self)(
-            config or self.config, mesh, layout=self.layout, wrapper=self.wrapper, strict_dtype=self.strict_dtype
+            config or self.config,
+            mesh,
+            layout=self.layout,
+            module_prefix=self.module_prefix,
+            strict_dtype=self.strict_dtype,
         )
 
     def conversion(self, params: Any, *, strict_dtype: bool | None = None) -> executor.Conversion:
@@ -246,22 +250,22 @@ class BaseConverter(PlainDecoder):
     ) -> Iterator[Weights]:
         return self.conversion(params, strict_dtype=strict_dtype).buckets(bucket_bytes, only)
 
-    def sections(self, state: param_tree.TrainerState) -> tuple[scan.Section, ...]:
+    def sections(self, state: param_tree.ParamTree) -> tuple[scan.Section, ...]:
         """The layers of each kind in a flat state.
 
         Raises:
             PlanError: Stacks of two forms are mixed.
         """
-        return scan.sections(state, self.config.param_scan_axis, self._traits)
+        return scan.sections(state, self.config.param_scan_axis, self._types_of)
 
-    def _traits(self, found: Sequence[scan.Layer]) -> list[scan.Traits]:
+    def _types_of(self, found: Sequence[scan.Layer]) -> list[scan.LayerTypes]:
         numbers = [layer.index or 0 for layer in found]
-        known = self.layer_traits(found, max(numbers, default=-1) + 1)
+        known = self.layer_types(found, max(numbers, default=-1) + 1)
         return [known[number] for number in numbers]
 
     def _plan(
         self,
-        state: param_tree.TrainerState,
+        state: param_tree.ParamTree,
         sections: tuple[scan.Section, ...],
         target: Mapping[str, Any] | None,
         strict_dtype: bool | None,
@@ -269,10 +273,10 @@ class BaseConverter(PlainDecoder):
         strict = self.strict_dtype if strict_dtype is None else strict_dtype
         if target is not None:
             target = {".".join(path): param_tree.unbox(leaf) for path, leaf in param_tree.flatten(target)}
-            return make_plan(self, self.wrapper, state, sections, target=target, strict_dtype=strict)
+            return make_plan(self, self.module_prefix, state, sections, target=target, strict_dtype=strict)
         signature = (strict, state.root, tuple((p, x.shape, np.dtype(x.dtype)) for p, x in state.leaves.items()))
         if signature not in self._plans:
-            plan = make_plan(self, self.wrapper, state, sections, target=None, strict_dtype=strict)
+            plan = make_plan(self, self.module_prefix, state, sections, target=None, strict_dtype=strict)
             self._plans = {signature: plan}
         return self._plans[signature]
 

@@ -10,9 +10,9 @@ from jaxtyping import Array, Shaped
 from portax.config.model_config import ModelConfig
 from portax.errors import ConfigError
 from portax.trainer import scan
-from portax.trainer.layer_params import Leaves
+from portax.trainer.layer_params import LayerParams
 from portax.weights import blocks
-from portax.weights.scale_shift import Affine
+from portax.weights.scale_shift import ScaleShift
 
 Blocks: TypeAlias = tuple[blocks.Block, ...]
 
@@ -26,8 +26,8 @@ class PlainDecoder:
     Attributes:
         decoder_blocks: MaxText's `decoder_block` values that this class converts.
         required: Config fields that must be set for this family.
-        default_wrapper: What the engine's usual model class wraps its language model in.
-        scan_form: How MaxText stacks the layers; None if it never does.
+        default_module_prefix: What the engine's usual model class wraps its language model in.
+        scan_pattern: How MaxText stacks the layers; None if it never does.
         shared_head_module: Whether vLLM's model shares the embedding *module* with a tied output projection.
         starts_with_bos: Whether every prompt of this family begins with its `<bos>`; without, it generates nonsense.
         config: The model's configuration.
@@ -35,8 +35,8 @@ class PlainDecoder:
 
     decoder_blocks: ClassVar[tuple[str, ...]] = ()
     required: ClassVar[tuple[str, ...]] = ()
-    default_wrapper: ClassVar[str] = ""
-    scan_form: ClassVar[scan.ScanForm | None] = scan.ScanForm()
+    default_module_prefix: ClassVar[str] = ""
+    scan_pattern: ClassVar[scan.ScanPattern | None] = scan.ScanPattern()
     shared_head_module: ClassVar[bool] = True
     starts_with_bos: ClassVar[bool] = False
     config: ModelConfig
@@ -50,16 +50,16 @@ class PlainDecoder:
         return None
 
     @property
-    def embedding_affine(self) -> Affine | None:
+    def embedding_scale_shift(self) -> ScaleShift | None:
         """How the hub's embedding follows from the trainer's; None if they are the same."""
         return None
 
     @property
-    def norm_affine(self) -> Affine | None:
+    def norm_scale_shift(self) -> ScaleShift | None:
         """How the hub's norm weights follow from the trainer's; None if they are the same."""
         return None
 
-    def layer_cycle(self, found: Sequence[scan.Layer]) -> tuple[scan.Traits, ...]:
+    def layer_cycle(self, found: Sequence[scan.Layer]) -> tuple[scan.LayerTypes, ...]:
         """What is special about each layer, up to where it repeats; by default all layers are the same.
 
         Args:
@@ -67,46 +67,46 @@ class PlainDecoder:
         """
         return (frozenset(),)
 
-    def layer_traits(self, found: Sequence[scan.Layer], depth: int) -> list[scan.Traits]:
+    def layer_types(self, found: Sequence[scan.Layer], depth: int) -> list[scan.LayerTypes]:
         """What is special about each of the first `depth` layers."""
         return list(itertools.islice(itertools.cycle(self.layer_cycle(found)), depth))
 
-    def global_weights(self, model: Leaves) -> Blocks:
+    def global_weights(self, model: LayerParams) -> Blocks:
         """Embedding, final norm and output projection."""
-        table = model.read("token_embedder/embedding", "vocab_size emb_dim", self.embedding_affine)
+        table = model.read("token_embedder/embedding", "vocab_size emb_dim", self.embedding_scale_shift)
         if self.config.logits_via_embedding:
             head: blocks.Block = blocks.TiedLMHead(table, to="embed_tokens", shared_module=self.shared_head_module)
         else:
             head = blocks.LMHead(model.read("decoder/logits_dense/kernel", "emb_dim vocab_size"))
         return blocks.Embedding("embed_tokens", table), self.norm(model, "decoder/decoder_norm", "norm"), head
 
-    def attention(self, layer: Leaves) -> Blocks:
+    def attention(self, layer: LayerParams) -> Blocks:
         """Projections of one attention layer and the norms within it; by default grouped-query attention."""
         return self.grouped_query_attention(layer, "self_attention")
 
-    def norms(self, layer: Leaves) -> Blocks:
+    def norms(self, layer: LayerParams) -> Blocks:
         """Norms around attention and MLP; by default one before each."""
         return (
             self.norm(layer, "pre_self_attention_layer_norm", "input_layernorm"),
             self.norm(layer, "post_self_attention_layer_norm", "post_attention_layernorm"),
         )
 
-    def mlp(self, layer: Leaves) -> Blocks:
+    def mlp(self, layer: LayerParams) -> Blocks:
         """A gated MLP."""
         return self.gated_mlp(layer, "mlp", "mlp", width="mlp_dim")
 
-    def moe(self, layer: Leaves) -> Blocks:
+    def moe(self, layer: LayerParams) -> Blocks:
         """Router and experts of a mixture-of-experts layer."""
         raise ConfigError(
             f"num_experts={self.config.num_experts}: {type(self).__name__} converts no mixtures of experts"
         )
 
-    def layer_blocks(self, layer: Leaves) -> Blocks:
+    def layer_blocks(self, layer: LayerParams) -> Blocks:
         """All of one layer."""
         feed_forward = self.moe(layer) if self.config.num_experts > 1 else self.mlp(layer)
         return self.attention(layer) + self.norms(layer) + feed_forward
 
-    def norm(self, layer: Leaves, path: str, name: str, size: str = "emb_dim") -> blocks.Param:
+    def norm(self, layer: LayerParams, path: str, name: str, size: str = "emb_dim") -> blocks.Param:
         """The weight of one norm.
 
         Args:
@@ -115,11 +115,11 @@ class PlainDecoder:
             name: Module name on the hub, e.g. `self_attn.q_norm`.
             size: What the config calls its size.
         """
-        return blocks.Param(f"{name}.weight", layer.read(f"{path}/scale", size, self.norm_affine))
+        return blocks.Param(f"{name}.weight", layer.read(f"{path}/scale", size, self.norm_scale_shift))
 
     def grouped_query_attention(
         self,
-        layer: Leaves,
+        layer: LayerParams,
         path: str,
         *,
         kv_heads: str = "num_kv_heads",
@@ -158,13 +158,13 @@ class PlainDecoder:
             self.norm(layer, f"{path}/key_norm", "self_attn.k_norm", dim),
         )
 
-    def _qkv_bias(self, layer: Leaves, path: str) -> tuple[Shaped[Array, "_ _"], ...]:
+    def _qkv_bias(self, layer: LayerParams, path: str) -> tuple[Shaped[Array, "_ _"], ...]:
         if not self.config.attention_bias:
             return ()
         heads = {"query": "num_query_heads", "key": "num_kv_heads", "value": "num_kv_heads"}
         return tuple(layer.read(f"{path}/{name}/bias", f"{count} head_dim") for name, count in heads.items())
 
-    def gated_mlp(self, layer: Leaves, path: str, name: str, *, width: str) -> Blocks:
+    def gated_mlp(self, layer: LayerParams, path: str, name: str, *, width: str) -> Blocks:
         """A gated MLP, gate and up apart or pre-fused.
 
         Args:
@@ -183,7 +183,7 @@ class PlainDecoder:
             blocks.Linear(f"{name}.down_proj", layer.read(f"{path}/wo/kernel", f"{width} emb_dim"), "row"),
         )
 
-    def experts(self, layer: Leaves, path: str, name: str, *, hub: Literal["each", "stacked"]) -> blocks.FusedMoE:
+    def experts(self, layer: LayerParams, path: str, name: str, *, hub: Literal["each", "stacked"]) -> blocks.FusedMoE:
         """The routed experts below `path`, gate and up apart or pre-fused.
 
         Args:

@@ -9,9 +9,9 @@ import numpy as np
 
 from portax.converters.base import BaseConverter
 from portax.converters.decoder import Blocks
-from portax.trainer.layer_params import Leaves
-from portax.trainer.scan import Layer, ScanForm, Traits
-from portax.weights.scale_shift import Affine
+from portax.trainer.layer_params import LayerParams
+from portax.trainer.scan import Layer, LayerTypes, ScanPattern
+from portax.weights.scale_shift import ScaleShift
 
 
 class Gemma3Converter(BaseConverter):
@@ -21,8 +21,8 @@ class Gemma3Converter(BaseConverter):
     """
 
     decoder_blocks = ("gemma3",)
-    default_wrapper = "language_model."
-    scan_form: ClassVar[ScanForm | None] = ScanForm("decoder/layers", "layers_")
+    default_module_prefix = "language_model."
+    scan_pattern: ClassVar[ScanPattern | None] = ScanPattern("decoder/layers", "layers_")
     shared_head_module = False
     starts_with_bos = True
 
@@ -32,24 +32,24 @@ class Gemma3Converter(BaseConverter):
         return "Gemma3ForConditionalGeneration"
 
     @property
-    def embedding_affine(self) -> Affine | None:
+    def embedding_scale_shift(self) -> ScaleShift | None:
         """The divisor is rounded to bfloat16 (MaxText 0.2.5, checkpoint_conversion/utils/param_mapping.py)."""
-        return Affine(over=float(np.asarray(math.sqrt(self.config.emb_dim)).astype(jnp.bfloat16)))
+        return ScaleShift(over=float(np.asarray(math.sqrt(self.config.emb_dim)).astype(jnp.bfloat16)))
 
     @property
-    def norm_affine(self) -> Affine | None:
+    def norm_scale_shift(self) -> ScaleShift | None:
         """MaxText keeps what a norm multiplies with, the hub what it adds to one."""
-        return Affine(minus=1.0)
+        return ScaleShift(minus=1.0)
 
-    def layer_cycle(self, found: Sequence[Layer]) -> tuple[Traits, ...]:
+    def layer_cycle(self, found: Sequence[Layer]) -> tuple[LayerTypes, ...]:
         """Six layers, whose weights are alike (MaxText 0.2.5, models/gemma3.py)."""
         return (frozenset(),) * 6
 
-    def attention(self, layer: Leaves) -> Blocks:
+    def attention(self, layer: LayerParams) -> Blocks:
         """Grouped-query attention with per-head norms on queries and keys."""
         return self.grouped_query_attention(layer, "self_attention", norms=True)
 
-    def norms(self, layer: Leaves) -> Blocks:
+    def norms(self, layer: LayerParams) -> Blocks:
         """Norms before and after attention and MLP."""
         return (
             self.norm(layer, "pre_self_attention_norm", "input_layernorm"),

@@ -6,13 +6,13 @@ from typing import ClassVar
 
 from portax.converters.decoder import Blocks
 from portax.converters.gemma3 import Gemma3Converter
-from portax.trainer.layer_params import Leaves
-from portax.trainer.scan import Layer, ScanForm, Traits
+from portax.trainer.layer_params import LayerParams
+from portax.trainer.scan import Layer, LayerTypes, ScanPattern
 from portax.weights import blocks
-from portax.weights.scale_shift import Affine
+from portax.weights.scale_shift import ScaleShift
 
-_LOCAL: Traits = frozenset()
-_GLOBAL: Traits = frozenset({"global"})
+_LOCAL: LayerTypes = frozenset()
+_GLOBAL: LayerTypes = frozenset({"global"})
 
 
 class Gemma4Converter(Gemma3Converter):
@@ -22,41 +22,41 @@ class Gemma4Converter(Gemma3Converter):
     """
 
     decoder_blocks = ("gemma4",)
-    scan_form: ClassVar[ScanForm | None] = ScanForm("decoder/scanned_blocks", "nested")
+    scan_pattern: ClassVar[ScanPattern | None] = ScanPattern("decoder/scanned_blocks", "nested")
 
     @property
     def architecture(self) -> str | None:
         """Of a checkpoint with all modalities, or of one with text alone."""
-        return "Gemma4ForConditionalGeneration" if self.wrapper else "Gemma4ForCausalLM"
+        return "Gemma4ForConditionalGeneration" if self.module_prefix else "Gemma4ForCausalLM"
 
     @property
-    def embedding_affine(self) -> Affine | None:
+    def embedding_scale_shift(self) -> ScaleShift | None:
         """The divisor is in float32 (MaxText 0.2.5, checkpoint_conversion/utils/param_mapping.py)."""
-        return Affine(over=math.sqrt(self.config.emb_dim))
+        return ScaleShift(over=math.sqrt(self.config.emb_dim))
 
     @property
-    def norm_affine(self) -> Affine | None:
+    def norm_scale_shift(self) -> ScaleShift | None:
         """As the hub's, unlike Gemma3's."""
         return None
 
-    def layer_cycle(self, found: Sequence[Layer]) -> tuple[Traits, ...]:
+    def layer_cycle(self, found: Sequence[Layer]) -> tuple[LayerTypes, ...]:
         """Local layers, then a global one: 6 together (MaxText 0.2.5, models/gemma4.py) unless the config tells."""
         period = self.config.inhomogeneous_layer_cycle_interval
         return (*(_LOCAL,) * (5 if period == 1 else period - 1), _GLOBAL)
 
-    def attention(self, layer: Leaves) -> Blocks:
+    def attention(self, layer: LayerParams) -> Blocks:
         """Grouped-query attention with per-head norms; the values have a norm without weights."""
         kv_heads, dim = self._heads(layer)
-        shares_kv = "global" in layer.traits and self.config.share_kv_projections
+        shares_kv = "global" in layer.types and self.config.share_kv_projections
         return self.grouped_query_attention(
             layer, "self_attention", kv_heads=kv_heads, dim=dim, shares_kv=shares_kv, norms=True
         )
 
-    def norms(self, layer: Leaves) -> Blocks:
+    def norms(self, layer: LayerParams) -> Blocks:
         """Gemma3's, and the scalar that the layer's output is multiplied with."""
         return *super().norms(layer), blocks.Param("layer_scalar", layer.read("layer_scalar", "1"))
 
-    def moe(self, layer: Leaves) -> Blocks:
+    def moe(self, layer: LayerParams) -> Blocks:
         """A shared expert, a router with two scales, routed experts, and the norms between them."""
         routed = "mlp/moe_block/MoeBlock_0"
         scale = layer.read(f"{routed}/per_expert_scale", "num_experts")
@@ -71,9 +71,9 @@ class Gemma4Converter(Gemma3Converter):
             self.norm(layer, "mlp/post_feedforward_layernorm_2", "post_feedforward_layernorm_2"),
         )
 
-    def _heads(self, layer: Leaves) -> tuple[str, str]:
+    def _heads(self, layer: LayerParams) -> tuple[str, str]:
         """What the config calls the number of this layer's KV heads, and their width."""
-        if "global" not in layer.traits:
+        if "global" not in layer.types:
             return "num_kv_heads", "head_dim"
         return (
             "global_num_kv_heads" if self.config.global_num_kv_heads else "num_kv_heads",

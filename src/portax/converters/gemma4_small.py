@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from portax.converters.decoder import Blocks
 from portax.converters.gemma4 import Gemma4Converter
 from portax.errors import ConfigError
-from portax.trainer.layer_params import Leaves
-from portax.trainer.scan import Layer, Traits
+from portax.trainer.layer_params import LayerParams
+from portax.trainer.scan import Layer, LayerTypes
 from portax.weights import blocks
 
 
@@ -18,9 +18,9 @@ class Gemma4SmallConverter(Gemma4Converter):
 
     decoder_blocks = ("gemma4_small",)
     required = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
-    scan_form = None
+    scan_pattern = None
 
-    def layer_cycle(self, found: Sequence[Layer]) -> tuple[Traits, ...]:
+    def layer_cycle(self, found: Sequence[Layer]) -> tuple[LayerTypes, ...]:
         """Four (E2B) or five (E4B) local layers, then a global one.
 
         MaxText tells the two apart by the model's name. Here the config's cycle interval does, or else the first layer
@@ -40,13 +40,13 @@ class Gemma4SmallConverter(Gemma4Converter):
         wide = [layer.index for layer in found if _head_dim(layer) == self.config.global_head_dim]
         return cycle[1:] if wide[:1] == [4] else cycle
 
-    def layer_traits(self, found: Sequence[Layer], depth: int) -> list[Traits]:
+    def layer_types(self, found: Sequence[Layer], depth: int) -> list[LayerTypes]:
         """The last layers use the keys and values of earlier ones."""
         first_shared = self.config.num_decoder_layers - self.config.num_kv_shared_layers
-        traits = super().layer_traits(found, depth)
-        return [trait | {"kv_shared"} if i >= first_shared else trait for i, trait in enumerate(traits)]
+        types = super().layer_types(found, depth)
+        return [kind | {"kv_shared"} if i >= first_shared else kind for i, kind in enumerate(types)]
 
-    def global_weights(self, model: Leaves) -> Blocks:
+    def global_weights(self, model: LayerParams) -> Blocks:
         """The embeddings of each layer, beside the model's own."""
         at, all_layers = "decoder/per_layer_embedder", "num_decoder_layers*hidden_size_per_layer_input"
         table = model.read(f"{at}/embed_tokens_per_layer", f"vocab_size_per_layer_input {all_layers}")
@@ -59,9 +59,9 @@ class Gemma4SmallConverter(Gemma4Converter):
             self.norm(model, norm, "per_layer_projection_norm", "hidden_size_per_layer_input"),
         )
 
-    def attention(self, layer: Leaves) -> Blocks:
+    def attention(self, layer: LayerParams) -> Blocks:
         """Queries alone, where keys and values are another layer's."""
-        if "kv_shared" not in layer.traits:
+        if "kv_shared" not in layer.types:
             return super().attention(layer)
         _, dim = self._heads(layer)
         query = layer.read("self_attention/query/kernel", f"emb_dim num_query_heads {dim}")
@@ -72,7 +72,7 @@ class Gemma4SmallConverter(Gemma4Converter):
             self.norm(layer, "self_attention/query_norm", "self_attn.q_norm", dim),
         )
 
-    def norms(self, layer: Leaves) -> Blocks:
+    def norms(self, layer: LayerParams) -> Blocks:
         """Also the way of the per-layer embedding into the layer."""
         gate = layer.read("per_layer_input_gate/kernel", "emb_dim hidden_size_per_layer_input")
         projection = layer.read("per_layer_projection/kernel", "hidden_size_per_layer_input emb_dim")
@@ -83,9 +83,9 @@ class Gemma4SmallConverter(Gemma4Converter):
             self.norm(layer, "post_per_layer_input_norm", "post_per_layer_input_norm"),
         )
 
-    def mlp(self, layer: Leaves) -> Blocks:
+    def mlp(self, layer: LayerParams) -> Blocks:
         """A gated MLP; E2B's is twice as wide where there are no keys and values."""
-        wide = "kv_shared" in layer.traits and self.config.use_double_wide_mlp
+        wide = "kv_shared" in layer.types and self.config.use_double_wide_mlp
         return self.gated_mlp(layer, "mlp", "mlp", width="2*mlp_dim" if wide else "mlp_dim")
 
 

@@ -5,9 +5,9 @@ import math
 from portax.converters.base import BaseConverter
 from portax.converters.decoder import Blocks
 from portax.errors import ConfigError
-from portax.trainer.layer_params import Leaves
+from portax.trainer.layer_params import LayerParams
 from portax.weights import blocks, kernels
-from portax.weights.scale_shift import Affine
+from portax.weights.scale_shift import ScaleShift
 
 
 class LlamaConverter(BaseConverter):
@@ -24,10 +24,10 @@ class LlamaConverter(BaseConverter):
         """As the hub's `config.json` says."""
         return "LlamaForCausalLM"
 
-    def attention(self, layer: Leaves) -> Blocks:
+    def attention(self, layer: LayerParams) -> Blocks:
         """Grouped-query attention, with the hub's scale of queries and its order of rotary pairs."""
         at, kv_axes = "self_attention", "emb_dim num_kv_heads head_dim"
-        scale = Affine(times=math.sqrt(self.config.head_dim))
+        scale = ScaleShift(times=math.sqrt(self.config.head_dim))
         query = layer.read(f"{at}/query/kernel", "emb_dim num_query_heads head_dim", scale)
         key = layer.read(f"{at}/key/kernel", kv_axes)
         value = layer.read(f"{at}/value/kernel", kv_axes)

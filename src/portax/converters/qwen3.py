@@ -2,7 +2,7 @@
 
 from portax.converters.base import BaseConverter
 from portax.converters.decoder import Blocks
-from portax.trainer.layer_params import Leaves
+from portax.trainer.layer_params import LayerParams
 from portax.weights import blocks
 
 
@@ -16,11 +16,11 @@ class Qwen3Converter(BaseConverter):
         """As the hub's `config.json` says."""
         return "Qwen3MoeForCausalLM" if self.config.num_experts > 1 else "Qwen3ForCausalLM"
 
-    def attention(self, layer: Leaves) -> Blocks:
+    def attention(self, layer: LayerParams) -> Blocks:
         """Grouped-query attention with per-head norms on queries and keys."""
         return self.grouped_query_attention(layer, "self_attention", norms=True)
 
-    def moe(self, layer: Leaves) -> Blocks:
+    def moe(self, layer: LayerParams) -> Blocks:
         """A router and its experts; no shared expert."""
         return (
             blocks.Linear("mlp.gate", layer.read("moe_block/gate/kernel", "emb_dim num_experts"), "replicated"),

@@ -7,12 +7,12 @@ from jaxtyping import Array, Shaped
 
 from portax.converters.base import BaseConverter
 from portax.converters.decoder import Blocks
-from portax.trainer.layer_params import Leaves
-from portax.trainer.scan import Layer, ScanForm, Traits
+from portax.trainer.layer_params import LayerParams
+from portax.trainer.scan import Layer, LayerTypes, ScanPattern
 from portax.weights import blocks
 
-_LINEAR: Traits = frozenset({"linear_attention"})
-_FULL: Traits = frozenset()
+_LINEAR: LayerTypes = frozenset({"linear_attention"})
+_FULL: LayerTypes = frozenset()
 
 
 class Qwen3_5Converter(BaseConverter):  # noqa: N801
@@ -27,8 +27,8 @@ class Qwen3_5Converter(BaseConverter):  # noqa: N801
         "gdn_value_head_dim",
         "gdn_conv_kernel_dim",
     )
-    default_wrapper = "language_model."
-    scan_form = ScanForm("decoder/layers", "layer_")
+    default_module_prefix = "language_model."
+    scan_pattern = ScanPattern("decoder/layers", "layer_")
     experts_on_hub: ClassVar[Literal["each", "stacked"]] = "stacked"
 
     @property
@@ -36,20 +36,20 @@ class Qwen3_5Converter(BaseConverter):  # noqa: N801
         """As the hub's `config.json` says."""
         return "Qwen3_5MoeForConditionalGeneration"
 
-    def layer_cycle(self, found: Sequence[Layer]) -> tuple[Traits, ...]:
+    def layer_cycle(self, found: Sequence[Layer]) -> tuple[LayerTypes, ...]:
         """Linear attention, and full attention in the last layer of a cycle."""
         return (*(_LINEAR,) * (self.config.inhomogeneous_layer_cycle_interval - 1), _FULL)
 
-    def attention(self, layer: Leaves) -> Blocks:
+    def attention(self, layer: LayerParams) -> Blocks:
         """A gated delta net, or attention whose output a part of the query gates."""
-        return self.delta_net(layer) if "linear_attention" in layer.traits else self.gated_attention(layer)
+        return self.delta_net(layer) if "linear_attention" in layer.types else self.gated_attention(layer)
 
-    def gated_attention(self, layer: Leaves) -> Blocks:
+    def gated_attention(self, layer: LayerParams) -> Blocks:
         """Grouped-query attention; each query head carries its gate behind it."""
         out = "num_query_heads*head_dim emb_dim"
         return self.grouped_query_attention(layer, "attention/attention", query_dim="2*head_dim", out=out, norms=True)
 
-    def delta_net(self, layer: Leaves) -> Blocks:
+    def delta_net(self, layer: LayerParams) -> Blocks:
         """Projections of a gated delta net, its convolution, decay and norm."""
         at, name = "attention", "linear_attn"
         conv = layer.read(f"{at}/conv1d/kernel", "gdn_conv_kernel_dim 1 2*gdn_key_dim+gdn_value_dim")
@@ -90,14 +90,14 @@ class Qwen3_5Converter(BaseConverter):  # noqa: N801
             ),
         )
 
-    def norms(self, layer: Leaves) -> Blocks:
+    def norms(self, layer: LayerParams) -> Blocks:
         """One norm before attention, one before the experts."""
         return (
             self.norm(layer, "input_layernorm", "input_layernorm"),
             self.norm(layer, "post_attention_layernorm", "post_attention_layernorm"),
         )
 
-    def moe(self, layer: Leaves) -> Blocks:
+    def moe(self, layer: LayerParams) -> Blocks:
         """A router, routed experts, and a shared expert behind a gate; MaxText sizes both kinds alike."""
         routed = blocks.BareLinear("mlp.gate", layer.read("mlp/routed_experts/gate/kernel", "emb_dim num_experts"))
         experts = self.experts(layer, "mlp/routed_experts", "mlp.experts", hub=self.experts_on_hub)

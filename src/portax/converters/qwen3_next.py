@@ -4,7 +4,7 @@ from jaxtyping import Array, Shaped
 
 from portax.converters.decoder import Blocks
 from portax.converters.qwen3_5 import Qwen3_5Converter
-from portax.trainer.scan import ScanForm
+from portax.trainer.scan import ScanPattern
 from portax.weights import blocks
 
 
@@ -12,8 +12,8 @@ class Qwen3NextConverter(Qwen3_5Converter):
     """Qwen3-Next 80B-A3B, as MaxText 0.2.5 holds it, and as earlier versions did."""
 
     decoder_blocks = ("qwen3_next",)
-    default_wrapper = ""
-    scan_form = ScanForm("decoder/layers", "nested")
+    default_module_prefix = ""
+    scan_pattern = ScanPattern("decoder/layers", "nested")
     experts_on_hub = "each"
 
     @property

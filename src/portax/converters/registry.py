@@ -37,7 +37,7 @@ def converter_for(
     *,
     layout: Layout,
     mesh: Mesh | None = None,
-    wrapper: str | None = None,
+    module_prefix: str | None = None,
     strict_dtype: bool = False,
 ) -> BaseConverter:
     """The converter for a model, chosen by what its config says (`decoder_block`), never by the model's name.
@@ -46,7 +46,7 @@ def converter_for(
         config: Anything that `ModelConfig.of` reads: a MaxText config object, a mapping, a YAML or `config.json` path.
         layout: How the engine holds weights.
         mesh: Where results go, partitioned as the layout says; None leaves them where they were computed.
-        wrapper: What the engine's model class wraps its language model in; None for the family's usual one.
+        module_prefix: What the engine's model class wraps its language model in; None for the family's usual one.
         strict_dtype: Whether a cast that loses precision is an error.
 
     Returns:
@@ -67,7 +67,9 @@ def converter_for(
             f"decoder_block={config.decoder_block!r} has no converter; known: {listed}. "
             f"A package can register one under the entry point group {ENTRY_POINTS!r}"
         )
-    return known[config.decoder_block](config, mesh, layout=layout, wrapper=wrapper, strict_dtype=strict_dtype)
+    return known[config.decoder_block](
+        config, mesh, layout=layout, module_prefix=module_prefix, strict_dtype=strict_dtype
+    )
 
 
 def families() -> dict[str, type[BaseConverter]]:

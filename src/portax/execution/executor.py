@@ -17,12 +17,12 @@ from portax.execution.inputs import Reader, spread
 from portax.execution.reshard import Placer
 from portax.execution.schedule import Job, jobs
 from portax.planning.plan import PROGRAMS_IN_FLIGHT, Plan
-from portax.planning.trace import Hooks, hold, layer_leaves
-from portax.trainer.param_tree import TrainerState
+from portax.planning.trace import Hooks, layer_leaves, lower
+from portax.trainer.param_tree import ParamTree
 from portax.trainer.scan import Kind, Section
 
 
-def check_arrays(state: TrainerState) -> None:
+def check_arrays(state: ParamTree) -> None:
     """Raises a `PlanError` if any leaf has no values to convert, or if leaves are spread over different devices."""
     problems = []
     devices: dict[tuple, str] = {}
@@ -58,7 +58,7 @@ class Conversion:
     """
 
     plan: Plan
-    state: TrainerState
+    state: ParamTree
     sections: tuple[Section, ...]
     executor: "Executor"
 
@@ -227,7 +227,7 @@ class Executor:
             def program(arrays, position, donors):
                 leaves = layer_leaves(self._hooks, kind, arrays, position, shardings)
 
-                held, _ = hold(self._hooks, leaves, is_global=kind.is_global, place=Placer(mesh, leaves))
+                held, _ = lower(self._hooks, leaves, is_global=kind.is_global, place=Placer(mesh, leaves))
                 return tuple(tensor.array for tensor in held[start:stop])
 
             # Whatever reads them: a donor that a program drops is not written into.

@@ -12,25 +12,25 @@ from jaxtyping import Shaped
 from portax.errors import LayoutError, PlanError, Problem
 from portax.planning.plan import Entry, Plan
 from portax.planning.trace import Hooks
-from portax.trainer.layer_params import Leaves
+from portax.trainer.layer_params import LayerParams
 from portax.trainer.scan import Layer, Section
-from portax.weights.scale_shift import Affine
+from portax.weights.scale_shift import ScaleShift
 
 Tree: TypeAlias = dict[str, Shaped[np.ndarray, "..."]]
 
 _BITS: dict[int, Any] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 
-class _Inputs(Leaves):
+class _Inputs(LayerParams):
     """Leaves that are handed to the hooks as they are, so that what the hooks do is linear in them."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.affines: dict[str, Affine] = {}
+        self.scale_shifts: dict[str, ScaleShift] = {}
 
-    def read(self, path: str, axes: str, affine: Affine | None = None) -> Any:
-        if affine is not None:
-            self.affines[path] = affine
+    def read(self, path: str, axes: str, scale_shift: ScaleShift | None = None) -> Any:
+        if scale_shift is not None:
+            self.scale_shifts[path] = scale_shift
         return self._arrays[path]
 
 
@@ -38,7 +38,7 @@ class Restoration:
     """A planned way back, to be carried out layer by layer.
 
     Nothing is written a second time: the hooks and the layout only move elements, which is linear, so the transpose of
-    what they do is its inverse. Values that the hooks scale or shift are computed back, see `Affine.inverse`.
+    what they do is its inverse. Values that the hooks scale or shift are computed back, see `ScaleShift.inverse`.
 
     Attributes:
         leaves: Shape and dtype of every leaf of the trainer's tree, by path. A stack has the dtype that holds the
@@ -102,15 +102,15 @@ class _Inverse:
     """From the tensors of one layer to its leaves, for all layers of one section."""
 
     def __init__(self, hooks: Hooks, section: Section):
-        self._affines: dict[str, Affine] = {}
+        self._affines: dict[str, ScaleShift] = {}
         self._own: list[bool] = []  # tensors that are no copies of others
         kind, axis = section.kind, hooks.config.param_scan_axis
 
         def forward(leaves: dict[str, Any]) -> list[Any]:
-            inputs = _Inputs(leaves, hooks.config, traits=kind.traits)
+            inputs = _Inputs(leaves, hooks.config, types=kind.types)
             blocks = hooks.global_weights(inputs) if kind.is_global else hooks.layer_blocks(inputs)
-            tensors = [tensor for block in blocks for tensor in hooks.layout.arrange(block)]
-            self._affines, self._own = inputs.affines, [tensor.tied_to is None for tensor in tensors]
+            tensors = [tensor for block in blocks for tensor in hooks.layout.pack(block)]
+            self._affines, self._own = inputs.scale_shifts, [tensor.tied_to is None for tensor in tensors]
             return [tensor.array for tensor in tensors if tensor.tied_to is None]
 
         def own(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
@@ -179,7 +179,7 @@ def _check(hooks: Hooks, plan: Plan, weights: Mapping[str, Any]) -> None:
             problems.append(Problem(name, f"dtype {dtype}", "float32, bfloat16 or float16", cause))
     outside = plan.entries[: plan.tensors_per_layer[0]]
     for name in weights:
-        if name not in expected and not hooks.layout.owns(name) and not _repeats(name, outside, weights):
+        if name not in expected and not hooks.layout.is_engine_owned(name) and not _repeats(name, outside, weights):
             cause = "the config describes another model (tied or untied, dense or MoE), or these are adapters"
             problems.append(Problem(name, "a tensor that no leaf needs", "only tensors of this model", cause))
     if problems:

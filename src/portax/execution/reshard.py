@@ -10,8 +10,8 @@ from jaxtyping import Array, Shaped
 from portax.execution.permute_reshard import exchange
 from portax.layouts import Stage
 from portax.planning.plan import axes_of
-from portax.trainer.layer_params import Leaves
-from portax.weights import kernels
+from portax.trainer.layer_params import LayerParams
+from portax.weights import bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Placer:
     """
 
     mesh: Mesh | None
-    leaves: Leaves
+    leaves: LayerParams
 
     def __call__(
         self,
@@ -37,8 +37,8 @@ class Placer:
         if self.mesh is not None and stage == "packed":
             array = lax.with_sharding_constraint(array, NamedSharding(self.mesh, spec))
         elif self.mesh is not None:  # sealed before, else what moves is what it was cast from
-            array = _spread(kernels.seal(array, self.leaves.zero), self.mesh, spec, self.leaves.partitioning(origin))
-        return array if stage == "part" else kernels.seal(array, self.leaves.zero)
+            array = _spread(bits.pin_bits(array, self.leaves.zero), self.mesh, spec, self.leaves.partitioning(origin))
+        return array if stage == "part" else bits.pin_bits(array, self.leaves.zero)
 
 
 def _spread(

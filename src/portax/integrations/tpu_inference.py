@@ -110,7 +110,7 @@ def _parallel_sizes(mesh: Mapping[str, int]) -> tuple[int, int | None]:
     return mesh["model"] * (attention_dp or 1), attention_dp
 
 
-def wrapper(engine: Any) -> str:
+def module_prefix(engine: Any) -> str:
     """What the engine's model class wraps its language model in, e.g. `language_model.`.
 
     Args:
@@ -143,7 +143,7 @@ def weight_sync(engine: Any, config: Any, **options: Any) -> WeightSync:
         >>> with updating(llm):
         ...     sync(params)
     """
-    converter = converter_for(config, layout=layout(engine), wrapper=wrapper(engine))
+    converter = converter_for(config, layout=layout(engine), module_prefix=module_prefix(engine))
     return WeightSync(converter, lambda: engine_state(engine), **options)  # the runner may rebind its state
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
-from portax.weights import blocks, kernels
+from portax.weights import bits, blocks, kernels
 
 OTHER_MODALITIES = r"(visual|vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio)\."
 """Names, as a regular expression, of what is beside a language model in an engine and in a hub checkpoint."""
@@ -93,16 +93,16 @@ class Layout(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def path(self, tensor: Tensor, *, layer: int | str | None, wrapper: str) -> str:
+    def path(self, tensor: Tensor, *, layer: int | str | None, module_prefix: str) -> str:
         """The engine's full name of a tensor.
 
         Args:
             tensor: The tensor; only its name and place are read.
             layer: Number of the layer; None outside the layers.
-            wrapper: What the model class wraps its language model in, e.g. `language_model.`.
+            module_prefix: What the model class wraps its language model in, e.g. `language_model.`.
         """
 
-    def serving(self, architecture: str | None) -> "Layout":
+    def for_architecture(self, architecture: str | None) -> "Layout":
         """The layout of one class of models, for an engine that holds them in several ways; by default the same.
 
         Args:
@@ -113,11 +113,11 @@ class Layout(abc.ABC):
         """
         return self
 
-    def owns(self, name: str) -> bool:
+    def is_engine_owned(self, name: str) -> bool:
         """Whether the engine fills the leaf of this name itself, so that no trainer ever writes it."""
         return False
 
-    def cuts(self, block: blocks.Block) -> tuple[PartitionSpec, ...]:
+    def part_specs(self, block: blocks.Block) -> tuple[PartitionSpec, ...]:
         """How the arrays of a block are best partitioned before they are packed, in the order of `jax.tree.leaves`.
 
         Such that packing them moves nothing between devices, and what has to move does so without pads and copies.
@@ -126,7 +126,7 @@ class Layout(abc.ABC):
         del block
         return ()
 
-    def hold(self, block: blocks.Block, place: Place = nowhere) -> tuple[Tensor, ...]:
+    def lower(self, block: blocks.Block, place: Place = nowhere) -> tuple[Tensor, ...]:
         """The arrays that the engine holds for one block.
 
         Args:
@@ -141,23 +141,23 @@ class Layout(abc.ABC):
         dtype = jnp.dtype(jnp.float32) if float32 else self.dtype or jnp.result_type(*dtypes)
         origins, tree = jax.tree.flatten(block)
         leaves = [_stored(leaf, dtype) for leaf in origins]
-        if cuts := self.cuts(block):
+        if cuts := self.part_specs(block):
             leaves = [
                 place(leaf, spec, "part", origin) for leaf, spec, origin in zip(leaves, cuts, origins, strict=True)
             ]
-        arranged = self.arrange(jax.tree.unflatten(tree, leaves))
+        arranged = self.pack(jax.tree.unflatten(tree, leaves))
         return tuple(
             dataclasses.replace(
-                tensor, array=kernels.cooked(place(tensor.array, tensor.spec, "packed" if cuts else "whole"))
+                tensor, array=bits.from_bits(place(tensor.array, tensor.spec, "packed" if cuts else "whole"))
             )
             for tensor in arranged
         )
 
-    def arrange(self, block: blocks.Block) -> tuple[Tensor, ...]:
-        """Moves, pads and repeats the arrays of one block, whatever their dtype; `hold` is this on raw bits.
+    def pack(self, block: blocks.Block) -> tuple[Tensor, ...]:
+        """Moves, pads and repeats the arrays of one block, whatever their dtype; `lower` is this on raw bits.
 
         Raises:
-            LayoutError: As `hold`.
+            LayoutError: As `lower`.
         """
         match block:
             case blocks.Linear():
@@ -224,7 +224,7 @@ def _stored(leaf: Shaped[Array, "..."], dtype: jnp.dtype) -> Shaped[Array, "..."
     """A leaf in the engine's dtype, bfloat16 raw."""
     if leaf.dtype == jnp.uint16 and dtype == jnp.bfloat16:
         return leaf
-    return kernels.raw(kernels.cooked(leaf).astype(dtype))
+    return bits.to_bits(bits.from_bits(leaf).astype(dtype))
 
 
 def _ungrouped(block: blocks.GroupedLinear) -> blocks.MergedLinear:

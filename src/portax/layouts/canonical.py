@@ -28,9 +28,13 @@ class Canonical(Layout):
         if self.dtype is not None:
             object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
 
-    def path(self, tensor: Tensor, *, layer: int | str | None, wrapper: str) -> str:
-        """The wrapper, `model.` and the layer in front of the tensor's name."""
-        return f"{wrapper}model.{in_decoder(tensor, layer)}" if tensor.in_decoder else f"{wrapper}{tensor.name}"
+    def path(self, tensor: Tensor, *, layer: int | str | None, module_prefix: str) -> str:
+        """The module prefix, `model.` and the layer in front of the tensor's name."""
+        return (
+            f"{module_prefix}model.{in_decoder(tensor, layer)}"
+            if tensor.in_decoder
+            else f"{module_prefix}{tensor.name}"
+        )
 
     def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:
         """`[out, in]`."""

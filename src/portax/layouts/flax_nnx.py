@@ -89,7 +89,7 @@ class FlaxNnx(TpuEngine):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         self._check(moe_backend=self.moe_backend, allow_untested=self.allow_untested)
 
-    def serving(self, architecture: str | None) -> "FlaxNnx":
+    def for_architecture(self, architecture: str | None) -> "FlaxNnx":
         """The layout of one model class.
 
         Raises:
@@ -123,11 +123,11 @@ class FlaxNnx(TpuEngine):
         """`{"model": tp}`."""
         return {AXIS: self.tp}
 
-    def path(self, tensor: Tensor, *, layer: int | str | None, wrapper: str) -> str:
-        """`model.`, the wrapper and the layer in front of the tensor's name."""
-        return f"model.{wrapper}{in_decoder(tensor, layer)}" if tensor.in_decoder else tensor.name
+    def path(self, tensor: Tensor, *, layer: int | str | None, module_prefix: str) -> str:
+        """`model.`, the module prefix and the layer in front of the tensor's name."""
+        return f"model.{module_prefix}{in_decoder(tensor, layer)}" if tensor.in_decoder else tensor.name
 
-    def owns(self, name: str) -> bool:
+    def is_engine_owned(self, name: str) -> bool:
         """The state of random number generators, and whatever belongs to other modalities."""
         return _ENGINE_OWNED.search(name) is not None
 

@@ -28,11 +28,11 @@ class HuggingFace(Layout):
         if self.dtype is not None:
             object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
 
-    def path(self, tensor: Tensor, *, layer: int | str | None, wrapper: str) -> str:
-        """`model.`, the wrapper and the layer in front of the tensor's name; the head stands alone."""
-        return f"model.{wrapper}{in_decoder(tensor, layer)}" if tensor.in_decoder else tensor.name
+    def path(self, tensor: Tensor, *, layer: int | str | None, module_prefix: str) -> str:
+        """`model.`, the module prefix and the layer in front of the tensor's name; the head stands alone."""
+        return f"model.{module_prefix}{in_decoder(tensor, layer)}" if tensor.in_decoder else tensor.name
 
-    def owns(self, name: str) -> bool:
+    def is_engine_owned(self, name: str) -> bool:
         """What a checkpoint holds beside the language model: other modalities, prediction of further tokens."""
         return _BESIDE.search(name) is not None
 

@@ -117,19 +117,19 @@ class TpuInference(TpuEngine):
     def _tp_axes(self) -> Axes:
         return AXIS if self.attention_dp is None else _TP_AXES
 
-    def path(self, tensor: Tensor, *, layer: int | str | None, wrapper: str) -> str:
-        """`vllm_model.`, the wrapper, `model.` and the layer in front of the tensor's name."""
+    def path(self, tensor: Tensor, *, layer: int | str | None, module_prefix: str) -> str:
+        """`vllm_model.`, the module prefix, `model.` and the layer in front of the tensor's name."""
         for since, new, old in _RENAMED:
             if self._release < since and tensor.name.startswith(new):
                 tensor = dataclasses.replace(tensor, name=old + tensor.name.removeprefix(new))
         place = f"model.{in_decoder(tensor, layer)}" if tensor.in_decoder else tensor.name
-        return f"vllm_model.{wrapper}{place}"
+        return f"vllm_model.{module_prefix}{place}"
 
-    def owns(self, name: str) -> bool:
+    def is_engine_owned(self, name: str) -> bool:
         """Attention scales, the rotary cache, constants, and whatever belongs to other modalities."""
         return _ENGINE_OWNED.search(name) is not None
 
-    def cuts(self, block: blocks.Block) -> tuple[PartitionSpec, ...]:
+    def part_specs(self, block: blocks.Block) -> tuple[PartitionSpec, ...]:
         """Matrices as their slices of a shard, before they are merged, transposed or flattened; experts likewise."""
         parts, tp, axes = jax.tree.leaves(block), self.tp, self._tp_axes
         match block:

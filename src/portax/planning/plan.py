@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from portax._text.names import family, fold
+from portax._text.names import fold, fold_key
 from portax._text.tables import new_table, render, size
 
 PROGRAMS_IN_FLIGHT = 2  # how many layers a conversion works on at a time, beside what is finished
@@ -54,7 +54,7 @@ class Plan:
         tensors_per_layer: For each section of the trainer's tree, how many entries each of its layers has.
         working_bytes: Bytes in work at a time, beside source and results: the layers in flight.
         ignored: Variables of the trainer's state that are no parameters.
-        engine_owned: Leaves of the target that the engine fills itself; empty without a target.
+        engine_owned: LayerParams of the target that the engine fills itself; empty without a target.
     """
 
     layout: str
@@ -148,5 +148,5 @@ def spec_text(spec: PartitionSpec) -> str:
 def _families(entries: Iterable[Entry]) -> dict[tuple, list[Entry]]:
     groups: dict[tuple, list[Entry]] = {}
     for entry in entries:
-        groups.setdefault((family(entry.name), entry.shape, entry.dtype, str(entry.spec)), []).append(entry)
+        groups.setdefault((fold_key(entry.name), entry.shape, entry.dtype, str(entry.spec)), []).append(entry)
     return groups

@@ -10,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from portax._text.names import family, fold, numbers
+from portax._text.names import fold, fold_key, numbers
 from portax.errors import PlanError, Problem
 from portax.layouts import Layout, Tensor
 from portax.planning.plan import PROGRAMS_IN_FLIGHT, Entry, Plan, axes_of, spec_text
 from portax.planning.trace import Hooks, Trace, trace
-from portax.trainer.param_tree import TrainerState
+from portax.trainer.param_tree import ParamTree
 from portax.trainer.scan import Section
 
 
 def make_plan(
     hooks: Hooks,
-    wrapper: str,
-    state: TrainerState,
+    module_prefix: str,
+    state: ParamTree,
     sections: Sequence[Section],
     *,
     target: Mapping[str, Any] | None,
@@ -32,7 +32,7 @@ def make_plan(
 
     Args:
         hooks: The converter.
-        wrapper: What the engine wraps its language model in.
+        module_prefix: What the engine wraps its language model in.
         state: The trainer's state.
         sections: The state's sections.
         target: The engine's leaves by name (arrays or shapes), if they are known.
@@ -48,7 +48,7 @@ def make_plan(
     for section in sections:
         traced = trace(hooks, section)
         problems += _section_problems(section, traced, state.root)
-        new = list(_entries(hooks.layout, wrapper, section, traced, state.root))
+        new = list(_entries(hooks.layout, module_prefix, section, traced, state.root))
         working = max(working, sum(entry.nbytes for entry in new) // len(section.layers))
         entries += new
         tensors_per_layer.append(len(traced.tensors))
@@ -73,13 +73,15 @@ def make_plan(
     return plan
 
 
-def _entries(layout: Layout, wrapper: str, section: Section, traced: Trace, root: str) -> Iterable[Entry]:
+def _entries(layout: Layout, module_prefix: str, section: Section, traced: Trace, root: str) -> Iterable[Entry]:
     for layer in section.layers:
         for tensor, sources in zip(traced.tensors, traced.sources, strict=True):
             dtype = np.dtype(tensor.array.dtype)
-            tied = tensor.tied_to and layout.path(Tensor(tensor.tied_to, None), layer=layer.index, wrapper=wrapper)
+            tied = tensor.tied_to and layout.path(
+                Tensor(tensor.tied_to, None), layer=layer.index, module_prefix=module_prefix
+            )
             yield Entry(
-                name=layout.path(tensor, layer=layer.index, wrapper=wrapper),
+                name=layout.path(tensor, layer=layer.index, module_prefix=module_prefix),
                 shape=tuple(tensor.array.shape),
                 dtype=dtype,
                 spec=tensor.spec,
@@ -100,7 +102,7 @@ def _folded(problems: Iterable[Problem]) -> Iterable[Problem]:
     """One problem where layers differ in nothing but their number."""
     groups: dict[Problem, list[str]] = {}
     for problem in problems:
-        groups.setdefault(dataclasses.replace(problem, leaf=family(problem.leaf)), []).append(problem.leaf)
+        groups.setdefault(dataclasses.replace(problem, leaf=fold_key(problem.leaf)), []).append(problem.leaf)
     return [dataclasses.replace(problem, leaf=fold(names)[0]) for problem, names in groups.items()]
 
 
@@ -167,14 +169,14 @@ def _against_target(
 ) -> tuple[tuple[str, ...], list[Problem]]:
     problems = _mesh_problems(target, layout)
     planned = {entry.name: entry for entry in entries}
-    owned = tuple(name for name in target if name not in planned and layout.owns(name))
+    owned = tuple(name for name in target if name not in planned and layout.is_engine_owned(name))
     for name in target:
         if name not in planned and name not in owned:
-            cause = "the engine runs another model, wrapper, version or implementation than the layout says"
+            cause = "the engine runs another model, module_prefix, version or implementation than the layout says"
             problems.append(Problem(name, "a leaf of the engine that nothing writes", "a source for it", cause))
     for name, entry in planned.items():
         if name not in target:
-            cause = "the engine runs another model, wrapper, version or implementation than the layout says"
+            cause = "the engine runs another model, module_prefix, version or implementation than the layout says"
             problems.append(Problem(name, "no such leaf in the engine", f"{_leaf_text(entry)}", cause))
         else:
             problems += _leaf_problems(entry, target[name])

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, Shaped
 from portax.config.model_config import ModelConfig
 from portax.errors import LayoutError, Problem
 from portax.layouts import Layout, Place, Tensor, nowhere
-from portax.trainer.layer_params import Leaves
+from portax.trainer.layer_params import LayerParams
 from portax.trainer.scan import Kind, Section
 from portax.weights.blocks import Block
 
@@ -27,10 +27,10 @@ class Hooks(Protocol):
     config: ModelConfig
     layout: Layout
 
-    def global_weights(self, model: Leaves) -> tuple[Block, ...]:
+    def global_weights(self, model: LayerParams) -> tuple[Block, ...]:
         """Blocks outside the layers."""
 
-    def layer_blocks(self, layer: Leaves) -> tuple[Block, ...]:
+    def layer_blocks(self, layer: LayerParams) -> tuple[Block, ...]:
         """Blocks of one layer."""
 
 
@@ -51,8 +51,8 @@ class Trace:
     problems: tuple[Problem, ...]
 
 
-def hold(
-    hooks: Hooks, leaves: Leaves, *, is_global: bool, place: Place = nowhere
+def lower(
+    hooks: Hooks, leaves: LayerParams, *, is_global: bool, place: Place = nowhere
 ) -> tuple[tuple[Tensor, ...], tuple[Shaped[Array, "..."], ...]]:
     """Asks the hooks what the leaves are, and the layout how the engine holds that.
 
@@ -60,7 +60,7 @@ def hold(
         hooks: The converter.
         leaves: The leaves of one layer, or of the model outside its layers.
         is_global: Which of the two.
-        place: Puts an array where it belongs; see `Layout.hold`.
+        place: Puts an array where it belongs; see `Layout.lower`.
 
     Returns:
         The engine's tensors, and the arrays that the layout refuses; why is recorded in `leaves.problems`.
@@ -69,7 +69,7 @@ def hold(
     refused: list[Shaped[Array, "..."]] = []
     for block in hooks.global_weights(leaves) if is_global else hooks.layer_blocks(leaves):
         try:
-            tensors += hooks.layout.hold(block, place)
+            tensors += hooks.layout.lower(block, place)
         except LayoutError as error:
             refused += jax.tree.leaves(block)
             leaves.problems.append(
@@ -89,10 +89,10 @@ def layer_leaves(
     arrays: tuple[Any, ...],
     position: Int[Array, " depth"],
     shardings: Mapping[str, NamedSharding] | None = None,
-) -> Leaves:
+) -> LayerParams:
     """One layer as its hooks see it, given its arrays and its place in their stack."""
     by_path = dict(zip(kind.paths, arrays, strict=True))
-    return Leaves(by_path, hooks.config, traits=kind.traits, scan=kind.scan, position=position, shardings=shardings)
+    return LayerParams(by_path, hooks.config, types=kind.types, scan=kind.scan, position=position, shardings=shardings)
 
 
 def trace(hooks: Hooks, section: Section) -> Trace:
@@ -102,7 +102,7 @@ def trace(hooks: Hooks, section: Section) -> Trace:
 
     def one_layer(arrays, position):
         leaves = layer_leaves(hooks, kind, arrays, position)
-        held = hold(hooks, leaves, is_global=kind.is_global)
+        held = lower(hooks, leaves, is_global=kind.is_global)
         problems.extend(leaves.problems)
         return held
 

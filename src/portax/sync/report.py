@@ -17,9 +17,9 @@ class Torn:
     """What a sync that failed half-way left behind; the next complete one mends it.
 
     Attributes:
-        new: Leaves that hold the weights of the failed sync.
-        old: Leaves that hold those of an earlier one.
-        lost: Leaves that hold nothing of use: their buffers were given to a program that did not finish.
+        new: LayerParams that hold the weights of the failed sync.
+        old: LayerParams that hold those of an earlier one.
+        lost: LayerParams that hold nothing of use: their buffers were given to a program that did not finish.
         cause: What went wrong.
     """
 
@@ -58,7 +58,7 @@ class SyncReport:
 
     Attributes:
         version: How many syncs have been completed, this one included.
-        leaves: Leaves written.
+        leaves: LayerParams written.
         seconds: Time of each phase, waited for: plan, compile, convert, transfer, assign, verify. Where buckets move
             while others convert, transfer is what was waited for on top.
         bytes_read: Bytes of the trainer's leaves.

@@ -13,7 +13,7 @@ from jaxtyping import Array, Shaped
 from portax._text.names import numbers
 from portax.errors import SyncError
 from portax.execution.executor import Arrays
-from portax.weights import kernels
+from portax.weights import bits
 
 Shapes: TypeAlias = tuple[jax.ShapeDtypeStruct, ...]
 Devices: TypeAlias = tuple[jax.Device, ...]
@@ -22,7 +22,7 @@ Marks: TypeAlias = list[tuple[int, int] | None]
 _ALL = "all"
 
 
-class Local:
+class LocalTransfer:
     """Trainer and engine are on the same processes, where `device_put` reaches from any devices to any others.
 
     Attributes:
@@ -35,17 +35,17 @@ class Local:
     def compile(self, shapes: Shapes) -> None:
         """Nothing has to be compiled beforehand."""
 
-    def carry(self, arrays: Arrays, donors: Arrays | None, shapes: Shapes) -> Arrays:
-        """As `Bridge.carry`."""
+    def send(self, arrays: Arrays, donors: Arrays | None, shapes: Shapes) -> Arrays:
+        """As `CrossProcessTransfer.send`."""
         arrived = jax.device_put(arrays, tuple(shape.sharding for shape in shapes))
         return arrived if donors is None else _settled(arrived, donors)
 
     def shared(self, marks: Marks, count: int) -> Marks:
-        """As `Bridge.shared`: every process has them all."""
+        """As `CrossProcessTransfer.shared`: every process has them all."""
         return marks
 
 
-class Bridge:
+class CrossProcessTransfer:
     """One program over both sides' devices, in which each trainer device sends its shard to one of the engine's.
 
     Every process of either side makes the same calls in the same order: they are collectives.
@@ -88,7 +88,7 @@ class Bridge:
             self._compiled[key] = jax.jit(self._send, donate_argnums=0).lower(stacks).compile()
         return self._compiled[key]
 
-    def carry(self, arrays: Arrays, donors: Arrays | None, shapes: Shapes) -> Arrays:
+    def send(self, arrays: Arrays, donors: Arrays | None, shapes: Shapes) -> Arrays:
         """Puts arrays where the engine has them; between processes, what they lived in is freed.
 
         Args:
@@ -125,7 +125,7 @@ class Bridge:
 
     def _send(self, stacks: list[Shaped[Array, "..."]]) -> list[Shaped[Array, "..."]]:
         def sent(shard):
-            return kernels.cooked(lax.ppermute(kernels.raw(shard), _ALL, self._pairs))
+            return bits.from_bits(lax.ppermute(bits.to_bits(shard), _ALL, self._pairs))
 
         spec = PartitionSpec(_ALL)
         return jax.shard_map(lambda shards: [*map(sent, shards)], mesh=self._mesh, in_specs=spec, out_specs=spec)(
@@ -143,7 +143,9 @@ def _received(stack: Shaped[Array, "..."], shape: jax.ShapeDtypeStruct) -> Shape
     return jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, shards, dtype=shape.dtype)
 
 
-def route_between(sources: Devices, targets: Devices, existing: Local | Bridge | None = None) -> Local | Bridge:
+def route_between(
+    sources: Devices, targets: Devices, existing: LocalTransfer | CrossProcessTransfer | None = None
+) -> LocalTransfer | CrossProcessTransfer:
     """How to get from these devices to those.
 
     Args:
@@ -152,13 +154,13 @@ def route_between(sources: Devices, targets: Devices, existing: Local | Bridge |
         existing: Taken again, with its programs, if it connects the same.
 
     Raises:
-        SyncError: As `Bridge`.
+        SyncError: As `CrossProcessTransfer`.
     """
     if not sources or _indices(sources) == _indices(targets):
-        return Local()
-    if isinstance(existing, Bridge) and existing.ends == (sources, targets):
+        return LocalTransfer()
+    if isinstance(existing, CrossProcessTransfer) and existing.ends == (sources, targets):
         return existing
-    return Bridge(sources, targets)
+    return CrossProcessTransfer(sources, targets)
 
 
 def zeros(shape: jax.ShapeDtypeStruct) -> Shaped[Array, "..."]:

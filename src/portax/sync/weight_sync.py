@@ -14,7 +14,7 @@ from portax.execution.schedule import Job
 from portax.sync.engine_state import EngineState, pointer
 from portax.sync.fingerprint import fingerprints
 from portax.sync.report import PHASES, SyncReport, Torn, Verification, peak_bytes
-from portax.sync.transfer import Bridge, Local, route_between
+from portax.sync.transfer import CrossProcessTransfer, LocalTransfer, route_between
 
 _NEVER = 0  # the attempt that no leaf was written by
 
@@ -75,7 +75,7 @@ class WeightSync:
         self._attempt = _NEVER
         self._written_by: dict[str, int | None] = dict.fromkeys((entry.name for entry in plan.entries), _NEVER)
         self._cause = ""
-        self._route: Local | Bridge = Local()
+        self._route: LocalTransfer | CrossProcessTransfer = LocalTransfer()
         if params is not None:
             self._compile(self._planned(params))
 
@@ -205,7 +205,7 @@ class WeightSync:
             else:
                 with timed(seconds, "transfer"):
                     ready |= jax.block_until_ready(moving)
-                    arrived = self._route.carry(made, None if self._atomic else self._take(names), self._shapes(job))
+                    arrived = self._route.send(made, None if self._atomic else self._take(names), self._shapes(job))
                     sources = [array.sharding for array in made] or [None] * len(names)
                     moved += sum(map(moved_bytes, self._shapes(job), sources))
                     moving = dict(zip(names, map(on_sharding, arrived, self._shardings(job)), strict=True))

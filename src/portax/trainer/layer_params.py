@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from portax.config.model_config import ModelConfig
 from portax.errors import Problem
-from portax.weights import kernels
-from portax.weights.scale_shift import Affine
+from portax.weights import bits, kernels
+from portax.weights.scale_shift import ScaleShift
 
 NOWHERE = np.zeros(1, np.int32)
 
@@ -21,7 +21,7 @@ Axes: TypeAlias = tuple[tuple[str, int], ...]
 """What the config calls each axis of a leaf, `layers` for a scan axis, and its size."""
 
 
-class Leaves:
+class LayerParams:
     """The trainer's leaves of one layer, or of the model outside its layers.
 
     Reading one states what it must be: `layer.read("mlp/wo/kernel", "mlp_dim emb_dim")`. A leaf that is missing or of
@@ -32,7 +32,7 @@ class Leaves:
         config: Where the sizes of the axes come from.
         problems: What has been found wrong so far; leaves are named relative to the layer.
         expected: Axes, in the trainer's form, of every leaf that has been asked for.
-        traits: What the config says of this layer and not of all the others, e.g. `{"global"}`.
+        types: What the config says of this layer and not of all the others, e.g. `{"global"}`.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Leaves:
         arrays: Mapping[str, Any],
         config: ModelConfig,
         *,
-        traits: frozenset[str] = frozenset(),
+        types: frozenset[str] = frozenset(),
         scan: tuple[int, ...] = (),
         position: Int[Array | np.ndarray, " depth"] = NOWHERE,
         shardings: Mapping[str, NamedSharding] | None = None,
@@ -50,13 +50,13 @@ class Leaves:
         Args:
             arrays: The leaves, or the stacks that they are slices of, by path relative to the layer.
             config: The model's configuration.
-            traits: What is special about the layer.
+            types: What is special about the layer.
             scan: Size of each scan axis of the stacks.
             position: Index on each scan axis; `[0]` without one.
             shardings: How the layer's own slice of each leaf is partitioned, where leaves are spread over devices.
         """
         self.config = config
-        self.traits = traits
+        self.types = types
         self.problems: list[Problem] = []
         self.expected: dict[str, Axes] = {}
         self._arrays = arrays
@@ -69,13 +69,13 @@ class Leaves:
         """Whether the tree has this leaf; what that decides, the config must permit."""
         return path in self._arrays
 
-    def read(self, path: str, axes: str, affine: Affine | None = None) -> Shaped[Array, "..."]:
-        """One leaf of this layer, without its scan axes; bfloat16 comes `kernels.raw`, for moving, not for arithmetic.
+    def read(self, path: str, axes: str, scale_shift: ScaleShift | None = None) -> Shaped[Array, "..."]:
+        """One leaf of this layer, without its scan axes; bfloat16 comes `bits.to_bits`, for moving, not for arithmetic.
 
         Args:
             path: Path relative to the layer, e.g. `self_attention/query/kernel`.
             axes: What the config calls the size of each axis, e.g. `emb_dim num_query_heads 2*head_dim`.
-            affine: What makes the hub's values of the trainer's, where they differ.
+            scale_shift: What makes the hub's values of the trainer's, where they differ.
         """
         names = axes.split()
         shape = tuple(self.config.size(name) for name in names)
@@ -86,7 +86,7 @@ class Leaves:
         expected = tuple(size for _, size in sized)
         leaf = self._arrays.get(path)
         labels = [f"{name}={size}" for name, size in sized]
-        kind = f" in a {', '.join(sorted(self.traits))} layer" if self.traits else ""
+        kind = f" in a {', '.join(sorted(self.types))} layer" if self.types else ""
         if problem := _problem(path, leaf, expected, f"[{', '.join(labels)}]{kind}"):
             self.problems.append(problem)
             dtype = leaf.dtype if leaf is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.float32
@@ -94,12 +94,12 @@ class Leaves:
                 return jnp.zeros(shape, dtype)
             return jnp.broadcast_to(0 * jnp.asarray(leaf).astype(dtype).sum(), shape)  # a trace shows what it feeds
         leaf = jnp.asarray(leaf)
-        own = kernels.raw(leaf)
+        own = bits.to_bits(leaf)
         if self._scan:
             own = kernels.unscan(own, self._position, axes=tuple(range(at, at + len(self._scan))))
         if path in self._shardings:  # else XLA may communicate before the cast to bits, and then does it in float32
             own = lax.with_sharding_constraint(own, self._shardings[path])
-        own = kernels.seal(affine(own) if affine else own, self.zero)
+        own = bits.pin_bits(scale_shift(own) if scale_shift else own, self.zero)
         if path in self._shardings:
             self._read[id(own)] = own, self._shardings[path]
         return own
@@ -111,7 +111,7 @@ class Leaves:
 
     @functools.cached_property
     def zero(self) -> Bool[Array, ""]:
-        """False, in a way that no compiler can know; see `kernels.seal`."""
+        """False, in a way that no compiler can know; see `bits.pin_bits`."""
         return self._position[0] < 0
 
 

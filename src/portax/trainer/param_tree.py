@@ -17,7 +17,7 @@ _ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic, LazyArray)
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainerState:
+class ParamTree:
     """The parameters of one model as a flat mapping.
 
     Attributes:
@@ -36,7 +36,7 @@ class TrainerState:
         return {self.root + path: leaf for path, leaf in self.leaves.items()}
 
 
-def read(params: Any) -> TrainerState:
+def read(params: Any) -> ParamTree:
     """Flattens a parameter tree of any of the forms that trainers use.
 
     Args:
@@ -67,7 +67,7 @@ def read(params: Any) -> TrainerState:
     if odd := [_no_array(path, leaf) for path, leaf in leaves.items() if not isinstance(leaf, _ARRAYS)]:
         raise PlanError(odd)
     root = _common_root(leaves)
-    return TrainerState({path.removeprefix(root): leaf for path, leaf in leaves.items()}, root, tuple(ignored))
+    return ParamTree({path.removeprefix(root): leaf for path, leaf in leaves.items()}, root, tuple(ignored))
 
 
 def _no_parameters(found: str) -> Problem:

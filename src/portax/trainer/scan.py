@@ -10,9 +10,9 @@ import numpy as np
 
 from portax._text.names import fold, natural_order
 from portax.errors import PlanError, Problem
-from portax.trainer.param_tree import TrainerState
+from portax.trainer.param_tree import ParamTree
 
-Traits: TypeAlias = frozenset[str]
+LayerTypes: TypeAlias = frozenset[str]
 """What sets one layer apart from the others of its model, e.g. `{"global"}`; the config says so, not the tree."""
 
 
@@ -53,13 +53,13 @@ class Kind:
 
     Attributes:
         is_global: Whether this is the model outside its layers.
-        traits: What the config says of these layers.
+        types: What the config says of these layers.
         paths: The leaves' paths, relative to the layer.
         scan: Size of each scan axis of the leaves.
     """
 
     is_global: bool
-    traits: Traits
+    types: LayerTypes
     paths: tuple[str, ...]
     scan: tuple[int, ...]
 
@@ -86,7 +86,7 @@ class Section:
 
 
 @dataclasses.dataclass(frozen=True)
-class ScanForm:
+class ScanPattern:
     """How a MaxText decoder stacks its layers when it scans them.
 
     Attributes:
@@ -125,7 +125,7 @@ class ScanForm:
 
 
 def unscanned(depth: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """As `ScanForm.stacks`, for a model whose layers each have arrays of their own."""
+    """As `ScanPattern.stacks`, for a model whose layers each have arrays of their own."""
     return ((f"decoder/layers_{index}", (), index) for index in range(depth))
 
 
@@ -138,31 +138,31 @@ _REMAINDER, _LOCAL = "layers_remainder", "local_layers"
 
 
 def sections(
-    state: TrainerState, scan_axis: int, traits: Callable[[Sequence[Layer]], Sequence[Traits]]
+    state: ParamTree, scan_axis: int, types: Callable[[Sequence[Layer]], Sequence[LayerTypes]]
 ) -> tuple[Section, ...]:
     """Groups a state into the global weights and the layers of each kind.
 
-    Layers are told apart by their leaves and traits, never by their numbers: how many programs a model needs does not
+    Layers are told apart by their leaves and types, never by their numbers: how many programs a model needs does not
     depend on its depth.
 
     Args:
         state: The flat state.
         scan_axis: First scan axis of stacked leaves (MaxText's `param_scan_axis`).
-        traits: Says what is special about each of the layers.
+        types: Says what is special about each of the layers.
 
     Raises:
         PlanError: Stacks of two forms are mixed.
     """
     outside, layers = _split(state, scan_axis)
     kinds: dict[Any, list[Layer]] = {}
-    for layer, special in zip([outside, *layers], [frozenset[str](), *traits(layers)], strict=True):
+    for layer, special in zip([outside, *layers], [frozenset[str](), *types(layers)], strict=True):
         kind = Kind(layer.index is None, special, tuple(sorted(layer.leaves)), layer.scan)
-        types = tuple((layer.leaves[path].shape, np.dtype(layer.leaves[path].dtype)) for path in kind.paths)
-        kinds.setdefault((kind, types), []).append(layer)
+        shapes = tuple((layer.leaves[path].shape, np.dtype(layer.leaves[path].dtype)) for path in kind.paths)
+        kinds.setdefault((kind, shapes), []).append(layer)
     return tuple(Section(kind, tuple(layers)) for (kind, _), layers in kinds.items())
 
 
-def _split(state: TrainerState, scan_axis: int) -> tuple[Layer, list[Layer]]:
+def _split(state: ParamTree, scan_axis: int) -> tuple[Layer, list[Layer]]:
     outside: dict[str, Any] = {}
     single: dict[tuple[int, str], dict[str, Any]] = {}
     blocks: dict[str, dict[str, dict[str, Any]]] = {}

@@ -32,7 +32,7 @@ def coverage(plan: Plan, *, ties: Mapping[str, str], others: Iterable[str] = ())
 
     Args:
         plan: What is written from what.
-        ties: Leaves of the engine that repeat others, whoever does that.
+        ties: LayerParams of the engine that repeat others, whoever does that.
         others: What stands beside the parameters in a checkpoint.
     """
     nbytes = {entry.name: entry.nbytes for entry in plan.entries}

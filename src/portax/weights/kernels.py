@@ -1,7 +1,7 @@
 """How bytes move: pure, jitted functions of one layer's arrays.
 
 Inside a converter they are traced into one program per kind of layer; called alone they compile once per shape. They
-move elements and never compute with them. Converters give them bfloat16 as raw bits; see `raw`.
+move elements and never compute with them. Converters give them bfloat16 as its bits; see `bits.to_bits`.
 """
 
 import functools
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Int, Shaped
 
 _LANES = 128  # a TPU vector register's minor dimension: what fused MoE kernels pad an expert's width to
 
@@ -186,30 +186,3 @@ def fuse_w13(
     Source: tpu-inference 0.32, layers/common/process_weights/moe_weights.py.
     """
     return interleave([gate, up], shards=shards, multiple=multiple)
-
-
-def raw(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """bfloat16 as the unsigned integers that its bits spell; anything else as it is.
-
-    XLA and LLVM may copy bfloat16 by way of float32 wherever they see fit, which quiets NaNs and, on some machines,
-    flushes denormals. So between trainer and engine bfloat16 travels as uint16.
-    """
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
-
-
-def cooked(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """The inverse of `raw`."""
-    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
-
-
-def seal(x: Shaped[Array, "..."], zero: Bool[Array, ""]) -> Shaped[Array, "..."]:
-    """Raw bfloat16, unchanged, in a way that keeps the compiler from moving a cast to floats across this point.
-
-    Nothing moves across an exclusive-or with a number that is only known when the program runs; it costs one vector
-    instruction. What is not raw needs no protection.
-
-    Args:
-        x: What to protect.
-        zero: False, computed from an argument of the program.
-    """
-    return x ^ zero.astype(x.dtype) if x.dtype == jnp.uint16 else x

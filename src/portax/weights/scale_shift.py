@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from portax.weights import kernels
+from portax.weights import bits
 
 
 @dataclasses.dataclass(frozen=True)
-class Affine:
+class ScaleShift:
     """The hub's value is `(trainer's value - minus) * times / over`.
 
     In float32, and rounded once to the trainer's dtype, as MaxText's own exporter does it. That runs under XLA, which
@@ -28,7 +28,7 @@ class Affine:
 
     def __call__(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """The hub's values; raw bfloat16 comes and goes raw."""
-        trainer = kernels.cooked(x)
+        trainer = bits.from_bits(x)
         values = trainer.astype(jnp.float32)
         if self.minus != 0.0:
             values = values - np.float32(self.minus)
@@ -36,7 +36,7 @@ class Affine:
             values = values * np.float32(self.times)
         if self.over != 1.0:
             values = values * (np.float32(1) / np.float32(self.over))
-        return kernels.raw(values.astype(trainer.dtype))
+        return bits.to_bits(values.astype(trainer.dtype))
 
     def inverse(self, y: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """Trainer's values whose hub values are these.
@@ -51,4 +51,4 @@ class Affine:
         return found
 
     def _hub(self, x: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-        return np.asarray(kernels.cooked(self(kernels.raw(jnp.asarray(x)))))
+        return np.asarray(bits.from_bits(self(bits.to_bits(jnp.asarray(x)))))
