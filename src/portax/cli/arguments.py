@@ -86,7 +86,7 @@ def meshes(args: argparse.Namespace, layout: layouts.Layout) -> tuple[dict[str, 
     """
     if args.devices is None and args.trainer_mesh is None:
         raise ConfigError("--compile needs --devices, or --trainer-mesh")
-    trainer = {"fsdp": args.devices} if args.trainer_mesh is None else _mesh(args.logical_axes)
+    trainer = {"fsdp": args.devices} if args.trainer_mesh is None else _mesh(args.trainer_mesh)
     count, shards = math.prod(trainer.values()), math.prod(layout.mesh_axes.values())
     if args.devices not in (None, count):
         raise ConfigError(f"--trainer-mesh {args.trainer_mesh} has {count} devices, and --devices says {args.devices}")
