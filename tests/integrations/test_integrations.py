@@ -21,7 +21,7 @@ from portax.testing.golden import compare
 
 MODEL, TP = "qwen3-8b.scan", 2
 LAYOUT = TpuInference(version="0.32", tp=TP)
-WHOLE = ["reset_prefix_cache", "start_weight_update", "refresh_state_leaves", "finish_weight_update"]
+WHOLE = ["reset_prefix_cache", "start_weight_update", "refresh_model_state_leaves", "finish_weight_update"]
 
 
 class Engine:
@@ -31,7 +31,6 @@ class Engine:
         self.told, self.idle = [], True
         self.state = scrambled(MODEL, TP, grid(0, 2, data=1, model=TP))
         runner = types.SimpleNamespace(state=self.state, state_leaves=self.state)
-        runner.refresh_state_leaves = lambda: self.told.append("refresh_state_leaves")
         self.model_executor = types.SimpleNamespace(driver_worker=types.SimpleNamespace(model_runner=runner))
 
     def reset_prefix_cache(self):
@@ -155,7 +154,7 @@ def test_no_step_of_the_server_thread_during_an_update(tunix, monkeypatch):
     locked = []
     monkeypatch.setattr(engine, "collective_rpc", lambda method: locked.append(made._driver._engine_lock.locked()))
     made.update_params(trainer())
-    assert locked == [True, True]
+    assert locked == [True] * 3
     assert not made._driver._engine_lock.locked()
 
 
@@ -188,6 +187,81 @@ def test_requests_in_flight(tunix):
         made.update_params(trainer())
     assert engine.told == ["reset_prefix_cache"]
     assert not exact(engine)
+
+
+@pytest.mark.parametrize("breaks", ["the sync", "refresh_model_state_leaves"])
+def test_an_update_that_was_started_is_finished(breaks, monkeypatch):
+    engine = Engine()
+
+    def told(method):
+        engine.told.append(method)
+        if method == breaks:
+            raise RuntimeError("no leaves")
+
+    monkeypatch.setattr(engine, "collective_rpc", told)
+
+    def update():
+        with tpu_inference.updating(types.SimpleNamespace(llm_engine=engine)):
+            told("the sync")
+
+    with pytest.raises(RuntimeError, match="no leaves"):
+        update()
+    engine.told.remove("the sync")
+    assert engine.told == WHOLE
+
+
+def test_an_update_of_an_engine_whose_core_is_in_another_process_is_finished():
+    engine = Engine()
+    engine.model_executor = None
+    with tpu_inference.updating(types.SimpleNamespace(llm_engine=engine)):
+        pass
+    assert engine.told == WHOLE
+
+
+EMBEDDING = "vllm_model.model.embed_tokens.weight"
+
+
+class Eagle3Proposer:
+    """A draft of speculative decoding, as far as a sync is concerned: it keeps its own state and leaves."""
+
+    def __init__(self, **leaves):
+        self.state = nnx.State({name: nnx.Param(leaf) for name, leaf in leaves.items()})
+        self.state_leaves = tuple(leaves.values())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_draft_that_holds_an_array_of_its_target(when, monkeypatch):
+    monkeypatch.setattr(tpu_inference, "layout", lambda engine: LAYOUT)
+    engine = Engine()
+    llm = types.SimpleNamespace(llm_engine=engine)
+    runner = tpu_inference.model_runner(llm)
+    match = f"the engine's draft \\(Eagle3Proposer\\) holds the very array of {EMBEDDING}"
+    runner.drafter = Eagle3Proposer(embed_tokens=engine.state[EMBEDDING], own=jax.numpy.ones(3))
+    if when == "before":
+        with pytest.raises(portax.SyncError, match=match):
+            tpu_inference.weight_sync(llm, tree(MODEL).config)
+        with pytest.raises(portax.SyncError, match=match):
+            portax.WeightSync(portax.converter_for(tree(MODEL).config, layout=LAYOUT), tpu_inference.engine_state(llm))
+        return
+    shared, runner.drafter = runner.drafter, Eagle3Proposer(embed_tokens=engine.state[EMBEDDING] + 1)
+    sync = tpu_inference.weight_sync(llm, tree(MODEL).config)
+    sync(trainer())
+    assert exact(engine)
+    runner.drafter = shared
+    shared.state["embed_tokens"].set_value(engine.state[EMBEDDING])
+    for what in (sync, sync.verify):
+        with pytest.raises(portax.SyncError, match=match):
+            what(trainer())
+    assert not engine.state[EMBEDDING].is_deleted()
+
+
+def test_a_draft_without_weights(monkeypatch):
+    monkeypatch.setattr(tpu_inference, "layout", lambda engine: LAYOUT)
+    engine = Engine()
+    llm = types.SimpleNamespace(llm_engine=engine)
+    tpu_inference.model_runner(llm).drafter = types.SimpleNamespace(prompt_lookup_max=3)
+    tpu_inference.weight_sync(llm, tree(MODEL).config)(trainer())
+    assert exact(engine)
 
 
 def test_a_rollout_starts_with_the_actors_weights(tunix):

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from portax._text.tables import new_table, render, size
 from portax.converters.base import BaseConverter
+from portax.execution.byte_counts import byte_count
 from portax.execution.schedule import Job
 from portax.trainer.logical_axes import partition
 
@@ -156,8 +157,10 @@ def estimate(
         dtype: Of the trainer's weights.
 
     Raises:
+        ConfigError: `bucket_bytes` is no number of bytes.
         PlanError: The layout cannot hold this model.
     """
+    bucket_bytes = byte_count("bucket_bytes", bucket_bytes)
     params = converter.expected_tree(dtype=dtype, partition=partition(trainer))
     conversion = converter.conversion(params)
     source = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in params.values())

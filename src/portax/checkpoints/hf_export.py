@@ -23,6 +23,7 @@ from portax.checkpoints.safetensors_reader import INDEX
 from portax.checkpoints.safetensors_shards import Shard, index, make_shards
 from portax.checkpoints.safetensors_writer import Part, ShardWriter
 from portax.converters.base import BaseConverter
+from portax.execution.byte_counts import byte_count
 from portax.execution.schedule import jobs
 from portax.planning.plan import Entry, Plan
 
@@ -82,13 +83,14 @@ def export(
 
     Raises:
         PlanError: As `converter.plan`; before anything is written.
-        ConfigError: `hub_config` is of another model.
+        ConfigError: `hub_config` is of another model, or a number of bytes is none.
         CheckpointError: The folder exists or cannot be written, there is no space for it, or `params` cannot be read.
 
     Example:
         >>> portax.export(converter, portax.open_checkpoint("checkpoints/1000/items"), "qwen3-8b-hf")
     """
     start = time.perf_counter()
+    bucket_bytes, shard_bytes = byte_count("bucket_bytes", bucket_bytes), byte_count("shard_bytes", shard_bytes)
     folder = pathlib.Path(folder)
     refuse_existing(folder)
     plan = converter.plan(params)

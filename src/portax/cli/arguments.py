@@ -14,6 +14,7 @@ from portax.cli import inputs
 from portax.config.model_config import ModelConfig
 from portax.config.shipped import config_path
 from portax.errors import ConfigError
+from portax.execution import byte_counts
 from portax.layouts._tpu import TpuEngine
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -102,6 +103,14 @@ def _mesh(text: str) -> dict[str, int]:
     if any(not axis or not size.isdecimal() or int(size) < 1 for axis, _, size in parts):
         raise ConfigError(f"--trainer-mesh {text} is not of the form fsdp=64,tensor=4")
     return {axis: int(size) for axis, _, size in parts}
+
+
+def byte_count(text: str) -> int:
+    """The type of an option that is a number of bytes."""
+    try:
+        return byte_counts.parse_byte_count("bytes", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("bytes=")) from error
 
 
 def add_page(parser: argparse.ArgumentParser) -> None:

@@ -32,8 +32,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hub-config", metavar="FILE", help="the hub's config.json, to go with --layout hf; default: derived"
     )
-    parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help="most bytes in one file")
-    parser.add_argument("--bucket-bytes", type=int, default=BUCKET_BYTES, metavar="N", help="bytes made at a time")
+    parser.add_argument(
+        "--shard-bytes", type=arguments.byte_count, default=SHARD_BYTES, metavar="N", help="most bytes in one file"
+    )
+    parser.add_argument(
+        "--bucket-bytes", type=arguments.byte_count, default=BUCKET_BYTES, metavar="N", help="bytes made at a time"
+    )
     parser.add_argument(
         "--scratch", metavar="DIR", help="folder for temporary files; default: the one that --out is in"
     )

@@ -8,8 +8,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from portax._text.names import fold
 from portax.converters import converter_for
 from portax.errors import LayoutError, SyncError
 from portax.layouts import FlaxNnx, TpuInference
@@ -49,8 +51,28 @@ def engine_state(engine: Any) -> Mapping[str, Any]:
 
     Args:
         engine: As for `model_runner`.
+
+    Raises:
+        SyncError: The draft of an engine with speculative decoding holds some of these very arrays.
     """
-    return model_runner(engine).state
+    runner = model_runner(engine)
+    _refuse_shared_draft(runner)
+    return runner.state
+
+
+def _refuse_shared_draft(runner: Any) -> None:
+    """A draft that got the target's own embedding would be left with a deleted array, or with old weights."""
+    draft = getattr(runner, "drafter", None)
+    held = [getattr(draft, name, None) for name in ("state", "state_leaves")]
+    theirs = {id(leaf) for leaf in jax.tree.leaves(held) if isinstance(leaf, jax.Array)}
+    if not theirs:
+        return
+    if shared := [name for name, leaf in EngineState(runner.state).leaves().items() if id(leaf) in theirs]:
+        raise SyncError(
+            f"the engine's draft ({type(draft).__name__}) holds the very array of {', '.join(fold(shared))}: a sync "
+            "writes into it or replaces it, and does not update the draft. Start the engine without "
+            "speculative_config, or with a draft that has weights of its own"
+        )
 
 
 def layout(engine: Any) -> TpuInference | FlaxNnx:
@@ -120,7 +142,7 @@ def module_prefix(engine: Any) -> str:
         LayoutError: No leaf is a token embedding.
     """
     pattern, told = _EMBEDDINGS[_native(model_runner(engine))]
-    names = [re.fullmatch(pattern, name) for name in EngineState(engine_state(engine)).leaves()]
+    names = [re.fullmatch(pattern, name) for name in EngineState(model_runner(engine).state).leaves()]
     found = [match[1] for match in names if match]
     if not found:
         raise LayoutError(f"the engine's state has no leaf {told}: is it a language model?")
@@ -137,6 +159,7 @@ def weight_sync(engine: Any, config: Any, **options: Any) -> WeightSync:
 
     Raises:
         ConfigError, LayoutError, PlanError: As for `converter_for` and `WeightSync`.
+        SyncError: As for `engine_state`; also from every later sync.
 
     Example:
         >>> sync = weight_sync(llm, maxtext_config)
@@ -151,6 +174,8 @@ def weight_sync(engine: Any, config: Any, **options: Any) -> WeightSync:
 def updating(llm: Any) -> Iterator[None]:
     """Puts the engine in order around a sync: no stale prefixes before it, a KV cache after it, also after an error.
 
+    It asks the engine's workers, so the core may be in this process or in another one.
+
     Args:
         llm: The `vllm.LLM`, or what else has its `llm_engine`; no request may be in flight.
 
@@ -164,5 +189,7 @@ def updating(llm: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        model_runner(llm).refresh_state_leaves()
-        core.collective_rpc("finish_weight_update")
+        try:
+            core.collective_rpc("refresh_model_state_leaves")
+        finally:
+            core.collective_rpc("finish_weight_update")
