@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 import portax
 from portax.analysis.cost_model import least_bytes
-from portax.analysis.hlo_collectives import moved_bytes, received_bytes
+from portax.analysis.hlo_collectives import received_bytes
+from portax.sync.transfer import moved_bytes
 from portax.trainer.logical_axes import partition
 
 MOE = "qwen3-30b-a3b.scan"

@@ -1,7 +1,5 @@
 """Writing into a live engine: in place, exactly, provably, and never torn unnoticed."""
 
-import contextlib
-import functools
 import itertools
 import json
 import pathlib
@@ -17,6 +15,7 @@ from conftest import TREES, engine_mesh, filled, sharded, tree
 from engines import addresses, golden_of, grid, other, scramble, scrambled, wrong
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from syncs import DENSE, EMBED, GEMMA, HEAD, MOE, NORM, broken_at, converter_of, made
 
 import portax
 from portax.execution import executor
@@ -25,26 +24,6 @@ from portax.sync.fingerprint import fingerprint, fingerprints
 from portax.sync.transfer import CrossProcessTransfer
 from portax.testing.doctor import examine
 from portax.testing.golden import compare
-
-DENSE, MOE, GEMMA = "qwen3-8b.scan", "qwen3-30b-a3b.scan", "gemma4-26b.scan"
-TP2 = TpuInference(version="0.32.0", tp=2)
-
-
-@functools.cache
-def converter_of(name, layout=TP2):
-    """One for all tests: its programs go with it."""
-    return portax.converter_for(tree(name).config, layout=layout)
-
-
-def made(name, *, tp=2, on=None, trainer=None, ahead=False, **options):
-    """A sync, the engine's state, and the golden that it should leave behind."""
-    golden = golden_of(name, tp)
-    state = scrambled(name, tp, on or engine_mesh(golden.layout.tp, golden.layout.attention_dp))
-    params = sharded(filled(name), trainer or grid(0, 8, fsdp=4, tensor=2))
-    if ahead:
-        options["params"] = params
-    return portax.WeightSync(converter_of(name, golden.layout), state, **options), state, params, golden
-
 
 ENGINES = [(name, 2) for name in TREES if name.endswith(".scan") or "-e2b" in name]
 ENGINES += [(MOE, "4.adp2"), (MOE, "8.adp2"), (MOE, "4.adp2.ep"), (MOE, "4.adp1"), (DENSE, "8.adp4")]
@@ -218,22 +197,6 @@ def test_an_nnx_state_is_written_too():
     assert wrong({path: state[path].get_value() for path in flat}, golden_of(DENSE, 2)) == []
 
 
-@contextlib.contextmanager
-def broken_at(monkeypatch, step, what=executor.Executor, name="make"):
-    """The n-th call fails, and what is inside with it."""
-    calls, real = itertools.count(), getattr(what, name)
-
-    def broken(*args, **kwargs):
-        if next(calls) == step:
-            raise RuntimeError("the link went down")
-        return real(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(what, name, broken)
-        with pytest.raises(RuntimeError, match="the link went down"):
-            yield
-
-
 @pytest.mark.parametrize("meshes", ["same devices, other axes", "disjoint 4 + 4"])
 @pytest.mark.parametrize("step", range(5))
 def test_a_failure_in_any_bucket_is_named_and_mended(monkeypatch, step, meshes):
@@ -355,9 +318,6 @@ def engine_problems(name, change, match, **options):
     assert all(state[path] is leaf for path, leaf in before.items())
 
 
-NORM, HEAD, EMBED = "vllm_model.model.norm.weight", "vllm_model.lm_head.weight", "vllm_model.model.embed_tokens.weight"
-
-
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -449,7 +409,7 @@ def test_two_syncs_at_once(monkeypatch):
     worker = threading.Thread(target=sync, args=(params,))
     worker.start()
     reached.wait(30)
-    with pytest.raises(portax.SyncError, match="a sync is running"):
+    with pytest.raises(portax.SyncError, match="a sync or a comparison is running on this engine"):
         sync(params)
     release.set()
     worker.join()

@@ -1,11 +1,7 @@
-"""Bytes that devices receive from each other: in a compiled program, read off its text, and when an array is moved."""
+"""Bytes that devices receive from each other in a compiled program, read off its text."""
 
-import functools
 import math
 import re
-
-import jax
-from jax.sharding import Sharding
 
 _COLLECTIVE = re.compile(
     r"= (?P<result>.*?) (?P<name>all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)"
@@ -65,17 +61,3 @@ def _group(line: str, devices: int) -> int | None:
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
     return devices if not groups or groups.startswith("{}") else None
-
-
-@functools.cache
-def moved_bytes(target: jax.ShapeDtypeStruct, source: Sharding | None) -> int:
-    """Bytes that devices receive when an array is put where it should be.
-
-    Args:
-        target: Its shape and dtype, and how it should be held.
-        source: How it is held; None if by no device that should hold it.
-    """
-    held = {} if source is None else source.devices_indices_map(target.shape)
-    wanted = target.sharding.devices_indices_map(target.shape)
-    shard = math.prod(target.sharding.shard_shape(target.shape)) * target.dtype.itemsize
-    return shard * sum(held.get(device) != index for device, index in wanted.items())

@@ -13,6 +13,7 @@ from portax.config.model_config import ModelConfig
 from portax.converters.decoder import PlainDecoder
 from portax.errors import ConfigError, LayoutError
 from portax.execution import executor
+from portax.execution.byte_counts import byte_count
 from portax.execution.inverse import Restoration
 from portax.layouts import Layout, TpuInference
 from portax.planning.plan import Plan
@@ -90,6 +91,18 @@ class BaseConverter(PlainDecoder):
         state = param_tree.read(params)
         return self._plan(state, self.sections(state), target, strict_dtype)
 
+    def plan_into(self, target: Mapping[str, Any]) -> Plan:
+        """What a sync into this engine writes, planned without a trainer's tree: of the one that the config implies.
+
+        Args:
+            target: The live engine's state, as for `plan`.
+
+        Raises:
+            PlanError: As `plan`.
+            ConfigError: The configuration does not say enough for that.
+        """
+        return self.plan(self.expected_tree(), target)
+
     def convert(self, params: Any, *, strict_dtype: bool | None = None) -> Weights:
         """All of the engine's weights.
 
@@ -123,9 +136,11 @@ class BaseConverter(PlainDecoder):
             Finished weights by name; every leaf comes once, in the order of the plan.
 
         Raises:
+            ConfigError: `bucket_bytes` is no number of bytes.
             PlanError: As `plan`; before the first bucket.
+            SyncError: A leaf of the trainer was freed, or donated to another program, between two buckets.
         """
-        return self._buckets(params, bucket_bytes, None, only)
+        return self._buckets(params, byte_count("bucket_bytes", bucket_bytes), None, only)
 
     def restore(self, weights: Mapping[str, Any], *, scanned: bool = True, dtype: Any = None) -> dict[str, np.ndarray]:
         """The trainer's tree that these tensors were, or would have been, converted from.

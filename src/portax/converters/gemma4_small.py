@@ -1,10 +1,13 @@
 """Gemma4 E2B and E4B."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from portax.converters.decoder import Blocks
 from portax.converters.gemma4 import Gemma4Converter
-from portax.errors import ConfigError
+from portax.errors import ConfigError, PlanError
+from portax.planning.plan import Plan
 from portax.trainer.layer_params import LayerParams
 from portax.trainer.scan import Layer, LayerTypes
 from portax.weights import blocks
@@ -39,6 +42,23 @@ class Gemma4SmallConverter(Gemma4Converter):
             )
         wide = [layer.index for layer in found if _head_dim(layer) == self.config.global_head_dim]
         return cycle[1:] if wide[:1] == [4] else cycle
+
+    def plan_into(self, target: Mapping[str, Any]) -> Plan:
+        """Where the config does not tell the two apart, the engine does: one of them fits its leaves.
+
+        Raises:
+            PlanError: Neither fits; of the two, what the one that comes closer says.
+        """
+        if self.config.inhomogeneous_layer_cycle_interval > 1:
+            return super().plan_into(target)
+        misfits = []
+        for interval in (5, 6):
+            config = dataclasses.replace(self.config, inhomogeneous_layer_cycle_interval=interval)
+            try:
+                return self.on(self.mesh, config=config).plan_into(target)
+            except PlanError as error:
+                misfits.append(error)
+        raise min(misfits, key=lambda error: len(error.problems))
 
     def layer_types(self, found: Sequence[Layer], depth: int) -> list[LayerTypes]:
         """The last layers use the keys and values of earlier ones."""

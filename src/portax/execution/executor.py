@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jaxtyping import Array, Shaped
 
 from portax.analysis.hlo_collectives import received_bytes
-from portax.errors import PlanError, Problem
+from portax.errors import PlanError, Problem, SyncError
 from portax.execution.inputs import Reader, spread
 from portax.execution.reshard import Placer
 from portax.execution.schedule import Job, jobs
@@ -84,10 +84,26 @@ class Conversion:
         """
         check_arrays(self.state)
         work = jobs(self.plan, self.sections, bucket_bytes, only, by_stack=by_stack)
-        return self.executor.run(work, bucket_bytes)
+        return self.executor.run(map(self._alive, work), bucket_bytes)
+
+    def _alive(self, job: Job) -> Job:
+        """Raises a `SyncError` if a leaf of the trainer has been freed since the first job was done."""
+        for path, leaf in zip(job.section.kind.paths, job.section.arrays(job.layer), strict=True):
+            if isinstance(leaf, jax.Array) and leaf.is_deleted():
+                raise SyncError(
+                    f"{self.state.root}{job.layer.path(path)}: found a deleted array; expected a live one until the "
+                    "last bucket is made. Likely cause: it was freed, or donated to the next training step, between "
+                    "two buckets: take all of them before that"
+                )
+        return job
 
     def make(self, job: Job, targets: tuple[Sharding, ...], donors: Arrays = ()) -> Arrays:
-        """As `Executor.make`."""
+        """As `Executor.make`.
+
+        Raises:
+            SyncError: A leaf of the trainer was freed since the first job was done.
+        """
+        self._alive(job)
         return self.executor.make(job, targets, donors)
 
     def compile(self, job: Job, targets: tuple[Sharding, ...], *, donating: bool) -> "Program":

@@ -1,7 +1,8 @@
 """The live mapping of an engine's leaves: read, checked, and written in place."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 from jax.sharding import Sharding
@@ -10,8 +11,12 @@ from jaxtyping import Array, Shaped
 from portax.errors import PlanError, Problem
 from portax.execution.executor import device_order
 from portax.planning.plan import Plan
+from portax.sync.claim import Claim
 from portax.sync.transfer import zeros
 from portax.trainer.param_tree import unbox
+
+_Cells: TypeAlias = dict[str, tuple[Any, Any]]
+"""By leaf, the mapping and the key under which it can be replaced."""
 
 
 class EngineState:
@@ -29,21 +34,54 @@ class EngineState:
 
     def refresh(self) -> None:
         """Finds the mapping, and the leaves in it, anew."""
+        self._cells = self._look()
+
+    def enter(self, claim: Claim) -> None:
+        """Finds them anew, and claims the planned ones (all, while nothing is planned) against other syncs.
+
+        Arrays are replaced while a sync runs; so it claims also what holds them: the mapping, or boxes of its own.
+
+        Raises:
+            SyncError: Another claim has some of them.
+            PlanError: There is no mapping.
+        """
+        cells: _Cells = {}
+
+        def find() -> Iterable[Any]:
+            cells.update(self._look())
+            held = [cell for name, cell in cells.items() if not self._shapes or name in self._shapes]
+            return [self, *(thing for node, key in held for thing in (node, node[key], unbox(node[key])))]
+
+        claim.take(find)
+        self._cells = cells
+
+    def leaves(self) -> dict[str, Shaped[Array, "..."]]:
+        """All leaves, as they are now."""
+        return {name: self.leaf(name) for name in self._cells}
+
+    def leaf(self, name: str) -> Any:
+        """One leaf, as it is now."""
+        node, key = self._cells[name]
+        return unbox(node[key])
+
+    def planned(self) -> dict[str, Any]:
+        """What the mapping, found anew, holds as the planned leaves; None for those that are gone."""
+        cells = self._look()
+        found = {name: cells[name] for name in self._shapes if name in cells}
+        return dict.fromkeys(self._shapes) | {name: unbox(node[key]) for name, (node, key) in found.items()}
+
+    def _look(self) -> _Cells:
         state = self._find()
         if not isinstance(state, Mapping):
             found, cause = f"a {type(state).__name__}", "pass the runner's `state`, not the runner or its model"
             raise PlanError([Problem("engine_state", found, "a mapping of arrays", cause)])
-        self._cells = dict(_cells(state))
+        return dict(_cells(state))
 
-    def leaves(self) -> dict[str, Shaped[Array, "..."]]:
-        """All leaves, as they are now."""
-        return {name: unbox(node[key]) for name, (node, key) in self._cells.items()}
-
-    def own(self, plan: Plan) -> None:
+    def record(self, plan: Plan) -> None:
         """Remembers how the planned leaves are held, for good.
 
         Raises:
-            PlanError: A leaf is no array on a device, is deleted, or shares its buffer with another one.
+            PlanError: A leaf is no array in a device's memory, is deleted, or shares its buffer with another one.
         """
         leaves = self.leaves()
         problems, seen = [], dict[Any, str]()
@@ -54,6 +92,8 @@ class EngineState:
                 cause = "the engine has freed it (asleep, or between two updates), or these are shapes"
                 problems.append(Problem(entry.name, found, "a live jax.Array", cause))
                 continue
+            if problem := _offloaded(entry.name, leaf):
+                problems.append(problem)
             self._shapes[entry.name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             other = seen.setdefault(pointer(leaf), entry.name)
             if other != entry.name:
@@ -64,7 +104,6 @@ class EngineState:
 
     def check(self) -> None:
         """Raises a `PlanError` if a leaf is not held as it was when the sync was made."""
-        self.refresh()
         leaves = self.leaves()
         problems = []
         for name, shape in self._shapes.items():
@@ -75,7 +114,10 @@ class EngineState:
                 problems.append(Problem(name, found, "a jax.Array, as when the sync was made", cause))
                 continue
             if leaf.is_deleted():
-                continue  # lost by a sync that failed; `take` makes a new one
+                continue  # lost by a sync that failed; `donate` makes a new one
+            if problem := _offloaded(name, leaf):
+                problems.append(problem)
+                continue
             if (leaf.shape, leaf.dtype) != (shape.shape, shape.dtype) or not leaf.sharding.is_equivalent_to(
                 shape.sharding, leaf.ndim
             ):
@@ -86,27 +128,40 @@ class EngineState:
             raise PlanError(problems)
 
     def buffers(self) -> dict[Any, str]:
-        """Names of the planned leaves by the address of their first buffer."""
+        """Names of the planned leaves by device and address of their first buffer."""
         leaves = self.leaves()
         return {pointer(leaves[name]): name for name in self._shapes if not leaves[name].is_deleted()}
 
-    def take(self, name: str) -> Shaped[Array, "..."]:
+    def donate(self, name: str) -> Shaped[Array, "..."]:
         """The leaf whose buffer is to be written; a new one, if a failed sync has lost it."""
-        node, key = self._cells[name]
-        leaf = unbox(node[key])
-        if not leaf.is_deleted():
-            return leaf
-        return zeros(self._shapes[name])
+        leaf = self.leaf(name)
+        return zeros(self._shapes[name]) if leaf.is_deleted() else leaf
 
     def assign(self, leaves: Mapping[str, Shaped[Array, "..."]]) -> None:
         """Puts finished leaves in their places."""
         for name, leaf in leaves.items():
-            node, key = self._cells[name]
-            box = node[key]
-            if isinstance(box, jax.Array):
-                node[key] = leaf
-            else:
-                (getattr(box, "set_value", None) or _setter(box))(leaf)
+            self._put(name, leaf)
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Puts all planned leaves back if what is done inside does not come to its end, for whatever reason."""
+        before = {name: self.leaf(name) for name in self._shapes}
+        try:
+            yield
+        except BaseException:
+            for name, leaf in before.items():
+                if self.leaf(name) is not leaf:
+                    with contextlib.suppress(Exception):  # whoever asks is told, by what the leaves then are
+                        self._put(name, leaf)
+            raise
+
+    def _put(self, name: str, leaf: Any) -> None:
+        node, key = self._cells[name]
+        box = node[key]
+        if isinstance(box, jax.Array):
+            node[key] = leaf
+        else:
+            (getattr(box, "set_value", None) or _setter(box))(leaf)
 
     def shapes(self, names: Sequence[str]) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes, dtypes and shardings of the planned leaves of these names."""
@@ -126,9 +181,23 @@ class EngineState:
 
 
 def pointer(leaf: Any) -> Any:
-    """Address of the first buffer that this process holds; something unique where there is none."""
+    """Device, memory and address of the first buffer that this process holds; something unique where there is none."""
     shards = leaf.addressable_shards if isinstance(leaf, jax.Array) and not leaf.is_deleted() else ()
-    return shards[0].data.unsafe_buffer_pointer() if shards else id(leaf)
+    return (shards[0].device, leaf.sharding.memory_kind, _address(shards[0])) if shards else id(leaf)
+
+
+def _address(shard: Any) -> int:
+    """Where a shard is in the memory of its device; those of two devices may be equal."""
+    return shard.data.unsafe_buffer_pointer()
+
+
+def _offloaded(name: str, leaf: jax.Array) -> Problem | None:
+    """What is wrong with a leaf that is in the host's memory in place of its device's own."""
+    device, kind = next(iter(leaf.sharding.addressable_devices), None), leaf.sharding.memory_kind
+    if device is None or kind is None or kind == (own := device.default_memory().kind):
+        return None
+    cause = "the engine's weights are offloaded to the host: bring them back to the devices before a sync"
+    return Problem(name, f"an array in {kind} memory", f"one in the device's own, {own} memory", cause)
 
 
 def _cells(node: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[str, tuple[Any, Any]]]:

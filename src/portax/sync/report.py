@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 
@@ -12,14 +13,26 @@ from portax._text.tables import new_table, render, size
 PHASES = ("plan", "compile", "convert", "transfer", "assign", "verify")
 
 
+class _Report:
+    """What reports have in common: their form for machines."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as plain values by name."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    def to_json(self) -> str:
+        """All of it, as one JSON object."""
+        return json.dumps(self.to_dict(), indent=1)
+
+
 @dataclasses.dataclass(frozen=True)
-class Torn:
+class Torn(_Report):
     """What a sync that failed half-way left behind; the next complete one mends it.
 
     Attributes:
-        new: LayerParams that hold the weights of the failed sync.
-        old: LayerParams that hold those of an earlier one.
-        lost: LayerParams that hold nothing of use: their buffers were given to a program that did not finish.
+        new: Leaves that hold the weights of the failed sync.
+        old: Leaves that hold those of an earlier one, or what no sync wrote.
+        lost: Leaves that hold nothing of use: freed, or given to a program that did not finish, or found wrong.
         cause: What went wrong.
     """
 
@@ -35,7 +48,7 @@ class Torn:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verification:
+class Verification(_Report):
     """The engine's leaves held against what a trainer's parameters give.
 
     Attributes:
@@ -53,18 +66,18 @@ class Verification:
 
 
 @dataclasses.dataclass(frozen=True)
-class SyncReport:
+class SyncReport(_Report):
     """One completed sync. Its `str` is a table.
 
     Attributes:
         version: How many syncs have been completed, this one included.
-        leaves: LayerParams written.
+        leaves: How many leaves were written.
         seconds: Time of each phase, waited for: plan, compile, convert, transfer, assign, verify. Where buckets move
             while others convert, transfer is what was waited for on top.
         bytes_read: Bytes of the trainer's leaves.
         bytes_written: Bytes of the engine's leaves.
-        bytes_moved: Bytes that devices received from each other, in the programs or on the way to the engine's devices;
-            None where a program's text cannot be read.
+        bytes_moved: Bytes that devices had to receive from each other, by how the leaves of both sides are partitioned:
+            an estimate, see `received_bytes` in `portax.sync.transfer`.
         peak_bytes: Highest use of any device's memory since the process began, where the backend tells.
         verification: The comparison afterwards; None if none was asked for.
     """
@@ -74,7 +87,7 @@ class SyncReport:
     seconds: Mapping[str, float]
     bytes_read: int
     bytes_written: int
-    bytes_moved: int | None
+    bytes_moved: int
     peak_bytes: int | None
     verification: Verification | None
 
@@ -93,11 +106,10 @@ class SyncReport:
         table = new_table("phase", ("seconds", "right"))
         for phase, seconds in self.seconds.items():
             table.add_row(phase, f"{seconds:.3f}")
-        moved = "?" if self.bytes_moved is None else size(self.bytes_moved)
         lines = [
             f"version    {self.version}, {self.leaves} leaves",
             f"bytes      {size(self.bytes_read)} read, {size(self.bytes_written)} written, "
-            f"{moved} moved between devices; {self.gb_per_s:.2f} GB/s written",
+            f"{size(self.bytes_moved)} moved between devices; {self.gb_per_s:.2f} GB/s written",
         ]
         if self.peak_bytes is not None:
             lines.append(f"peak       {size(self.peak_bytes)} on one device")
@@ -105,9 +117,9 @@ class SyncReport:
             lines.append(f"verified   {self.verification}")
         return render(table) + "\n".join(lines)
 
-    def to_json(self) -> str:
-        """All of it as one JSON object."""
-        return json.dumps(dataclasses.asdict(self) | {"gb_per_s": self.gb_per_s}, indent=1)
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as plain values by name."""
+        return super().to_dict() | {"gb_per_s": self.gb_per_s}
 
 
 def peak_bytes(devices: Iterable[jax.Device]) -> int | None:

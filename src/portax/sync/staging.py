@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Shaped
 
 from portax.converters.base import BaseConverter
+from portax.execution.byte_counts import byte_count
 from portax.sync.weight_sync import WeightSync
 
 
@@ -19,13 +20,19 @@ class Staging:
         weights: The staged leaves by the engine's names; empty before the first `stage`.
     """
 
-    def __init__(self, converter: BaseConverter, mesh: Mesh):
+    def __init__(self, converter: BaseConverter, mesh: Mesh, *, bucket_bytes: int = 2**30):
         """Makes an empty staging area.
 
         Args:
             converter: Says what the engine should hold.
             mesh: The trainer's devices, with the axes that the engine's specs name.
+            bucket_bytes: Most bytes in work at a time, as for `WeightSync`.
+
+        Raises:
+            ConfigError: `bucket_bytes` is no number of bytes.
+            LayoutError: The mesh does not fit the layout.
         """
+        self._bucket_bytes = byte_count("bucket_bytes", bucket_bytes)
         self.weights: dict[str, Shaped[Array, "..."]] = {}
         self._converter = converter.on(mesh)
         self._sync: WeightSync | None = None
@@ -41,7 +48,7 @@ class Staging:
         """
         if self._sync is None:
             self.weights |= jax.block_until_ready(self._converter.convert(params))
-            self._sync = WeightSync(self._converter, self.weights)
+            self._sync = WeightSync(self._converter, self.weights, bucket_bytes=self._bucket_bytes)
         else:
             self._sync(params)
         return self.weights

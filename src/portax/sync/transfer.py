@@ -1,6 +1,8 @@
 """How what the trainer's devices made gets into an engine's buffers: within one set of processes, or between two."""
 
 import functools
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -13,6 +15,7 @@ from jaxtyping import Array, Shaped
 from portax._text.names import numbers
 from portax.errors import SyncError
 from portax.execution.executor import Arrays
+from portax.planning.plan import Plan
 from portax.weights import bits
 
 Shapes: TypeAlias = tuple[jax.ShapeDtypeStruct, ...]
@@ -161,6 +164,72 @@ def route_between(
     if isinstance(existing, CrossProcessTransfer) and existing.ends == (sources, targets):
         return existing
     return CrossProcessTransfer(sources, targets)
+
+
+def all_moved_bytes(plan: Plan, leaves: Mapping[str, Any], made: Mapping[str, Sharding], targets: Shapes) -> int:
+    """Bytes that devices have to receive from each other in one sync, an estimate: see `received_bytes`.
+
+    Args:
+        plan: What is written.
+        leaves: The trainer's leaves by their whole path.
+        made: How each leaf of the engine was held when it had been made; without those that this process did not make.
+        targets: How the engine holds them, in the order of the plan.
+    """
+    total = 0
+    for entry, target in zip(plan.entries, targets, strict=True):
+        held = made.get(entry.name)
+        if held is not None:
+            at_first = jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=held)
+            total += received_bytes(at_first, [leaves[source] for source in entry.sources])
+        total += moved_bytes(target, held)
+    return total
+
+
+@functools.cache
+def moved_bytes(target: jax.ShapeDtypeStruct, source: Sharding | None) -> int:
+    """Bytes that devices receive when an array is put where it should be.
+
+    Args:
+        target: Its shape and dtype, and how it should be held.
+        source: How it is held; None if by no device that should hold it.
+    """
+    held = {} if source is None else source.devices_indices_map(target.shape)
+    wanted = target.sharding.devices_indices_map(target.shape)
+    return _shard_bytes(target) * sum(held.get(device) != index for device, index in wanted.items())
+
+
+def received_bytes(target: jax.ShapeDtypeStruct, sources: Iterable[Any]) -> int:
+    """Bytes that devices have to receive from each other when they make an array of arrays that they hold parts of.
+
+    Known from shardings alone, and so an estimate: of what a device needs, it is taken to hold the same fraction as of
+    everything. That is exact where the target is cut along other dimensions than its sources.
+
+    Args:
+        target: Shape and dtype of what is made, and how it is to be held.
+        sources: What it is made of: arrays or their shapes; what has no sharding comes from the host.
+    """
+    held = ((s.shape, s.dtype.itemsize, sharding) for s in sources if (sharding := getattr(s, "sharding", None)))
+    return _received_bytes(target, tuple(held))
+
+
+@functools.cache
+def _received_bytes(target: jax.ShapeDtypeStruct, sources: tuple[tuple[tuple[int, ...], int, Sharding], ...]) -> int:
+    sizes = [math.prod(shape) * itemsize for shape, itemsize, _ in sources]
+    if not sum(sizes):
+        return 0
+    missing = 0.0
+    for device in target.sharding.device_set:
+        held = sum(
+            math.prod(sharding.shard_shape(shape)) * itemsize
+            for shape, itemsize, sharding in sources
+            if device in sharding.device_set
+        )
+        missing += 1 - held / sum(sizes)
+    return round(_shard_bytes(target) * missing)
+
+
+def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 def zeros(shape: jax.ShapeDtypeStruct) -> Shaped[Array, "..."]:

@@ -1,22 +1,23 @@
 """`WeightSync`: plan once, then write a live engine's weights in place, every step."""
 
-import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Sharding
 
 from portax._text.timing import timed
-from portax.analysis.hlo_collectives import moved_bytes
 from portax.converters.base import BaseConverter
 from portax.errors import PlanError, Problem, SyncError
+from portax.execution.byte_counts import byte_count
 from portax.execution.executor import Arrays, Conversion, check_arrays, device_order, on_sharding
 from portax.execution.schedule import Job
+from portax.sync.attempts import Attempt, mark_lost, mark_written, torn
+from portax.sync.claim import Claim
 from portax.sync.engine_state import EngineState, pointer
 from portax.sync.fingerprint import fingerprints
 from portax.sync.report import PHASES, SyncReport, Torn, Verification, peak_bytes
-from portax.sync.transfer import CrossProcessTransfer, LocalTransfer, route_between
-
-_NEVER = 0  # the attempt that no leaf was written by
+from portax.sync.transfer import CrossProcessTransfer, LocalTransfer, all_moved_bytes, route_between
 
 
 class WeightSync:
@@ -60,21 +61,25 @@ class WeightSync:
                 the weights.
 
         Raises:
-            PlanError: The engine holds other leaves than the converter makes, or leaves that share a buffer.
+            ConfigError: `bucket_bytes` is no number of bytes.
+            PlanError: The engine holds other leaves than the converter makes, leaves that share a buffer, or leaves in
+                the host's memory.
+            SyncError: Another sync into this engine is running.
         """
         self.version = 0
         self._converter = converter
         self._engine = EngineState(engine_state)
-        self._bucket_bytes = bucket_bytes
+        self._bucket_bytes = byte_count("bucket_bytes", bucket_bytes)
         self._verify = verify
         self._atomic = atomic
-        self._lock = threading.Lock()
-        plan = converter.plan(converter.expected_tree() if params is None else params, self._engine.leaves())
-        self._engine.own(plan)
-        self.plan = plan
-        self._attempt = _NEVER
-        self._written_by: dict[str, int | None] = dict.fromkeys((entry.name for entry in plan.entries), _NEVER)
-        self._cause = ""
+        claim = Claim()
+        with claim.lock:
+            self._engine.enter(claim)
+            held = self._engine.leaves()
+            self.plan = converter.plan_into(held) if params is None else converter.plan(params, held)
+            self._engine.record(self.plan)
+        self._attempt = Attempt()
+        self._counted: tuple[Any, int] = (None, 0)
         self._route: LocalTransfer | CrossProcessTransfer = LocalTransfer()
         if params is not None:
             self._compile(self._planned(params))
@@ -90,27 +95,21 @@ class WeightSync:
 
         Raises:
             PlanError: The trainer's tree or the engine's leaves are not what they should be; nothing was written.
-            SyncError: Another sync is running, the engine is on other processes, or leaves differ afterwards (with
-                `verify=True`).
+            SyncError: Another sync into this engine is running, this one's or another object's; the trainer's devices
+                do not reach the engine's; or leaves differ afterwards (with `verify=True`).
         """
-        if not self._lock.acquire(blocking=False):
-            raise SyncError("a sync is running; wait for it: two at once would write the same buffers")
-        try:
+        claim = Claim()
+        with claim.lock:
+            self._engine.enter(claim)
             return self._sync(params)
-        finally:
-            self._lock.release()
 
     @property
     def torn(self) -> Torn | None:
-        """What a sync that failed half-way left behind; None while all leaves belong together."""
-        if len(set(self._written_by.values())) == 1 and None not in self._written_by.values():
-            return None
-        by = {
-            "new": [name for name, attempt in self._written_by.items() if attempt == self._attempt],
-            "lost": [name for name, attempt in self._written_by.items() if attempt is None],
-        }
-        old = [name for name in self._written_by if name not in {*by["new"], *by["lost"]}]
-        return Torn(new=tuple(by["new"]), old=tuple(old), lost=tuple(by["lost"]), cause=self._cause)
+        """What a sync that failed half-way left behind in the engine, whichever object's it was.
+
+        None while all leaves belong together. It is read off the leaves that the engine holds now.
+        """
+        return torn(self._engine.planned())
 
     def verify(self, params: Any) -> Verification:
         """Compares the engine's leaves with what these parameters give, by fingerprints computed on the devices.
@@ -120,25 +119,26 @@ class WeightSync:
 
         Raises:
             PlanError: As for a sync.
+            SyncError: A sync into this engine is running.
         """
-        return self._compared(self._checked(params))
+        claim = Claim()
+        with claim.lock:
+            self._engine.enter(claim)
+            return self._compared(self._checked(params), self._engine.leaves())
 
     def _sync(self, params: Any) -> SyncReport:
         seconds = dict.fromkeys(PHASES, 0.0)
         with timed(seconds, "plan"):
             conversion = self._checked(params)
         with timed(seconds, "compile"):
-            exchanged = self._compile(conversion)
-        self._attempt += 1
+            self._compile(conversion)
+        self._attempt = Attempt()
+        made: dict[str, Sharding] = {}
         try:
-            moved = self._write(conversion, seconds)
-            verification = None
-            if self._verify:
-                with timed(seconds, "verify"):
-                    verification = self._compared(conversion)
-                self._refuse(verification)
+            write = self._switch if self._atomic else self._write
+            verification = write(conversion, made, seconds)
         except BaseException as error:
-            self._cause = repr(error)
+            self._attempt.cause = repr(error)
             raise
         self.version += 1
         plan = conversion.plan
@@ -148,7 +148,7 @@ class WeightSync:
             seconds=seconds,
             bytes_read=plan.bytes_in,
             bytes_written=plan.bytes_out,
-            bytes_moved=None if exchanged is None else exchanged + moved,
+            bytes_moved=self._moved(conversion, made),
             peak_bytes=peak_bytes(self._engine.devices()),
             verification=verification,
         )
@@ -179,74 +179,116 @@ class WeightSync:
             raise PlanError(shared)
         return conversion
 
-    def _compile(self, conversion: Conversion) -> int | None:
-        """Compiles what is not compiled yet. Returns the bytes that programs exchange between devices, if known."""
-        exchanged: list[int | None] = []
+    def _compile(self, conversion: Conversion) -> None:
+        """Compiles what is not compiled yet."""
         for job in conversion.jobs(self._bucket_bytes):
             self._route.compile(self._shapes(job))
             if self._route.sends:
-                program = conversion.compile(job, self._shardings(job), donating=self._in_place(job))
-                exchanged.append(program.received)
-        known = [size for size in exchanged if size is not None]
-        return sum(known) if len(known) == len(exchanged) else None
+                conversion.compile(job, self._shardings(job), donating=self._in_place(job))
 
-    def _write(self, conversion: Conversion, seconds: dict[str, float]) -> int:
-        """Converts and assigns; the next job converts while the last one moves. Returns the bytes moved."""
+    def _write(
+        self, conversion: Conversion, made: dict[str, Sharding], seconds: dict[str, float]
+    ) -> Verification | None:
+        """Puts every leaf in its place as soon as it is finished; then compares them, if that was asked for."""
+        for ready in self._finished(conversion, made, seconds):
+            self._assign(ready, seconds)
+        if not self._verify:
+            return None
+        with timed(seconds, "verify"):
+            found = self._compared(conversion, self._engine.leaves())
+        if found.different:
+            for name in found.different:
+                mark_lost(self._engine.leaf(name), self._attempt)
+            raise SyncError(f"after writing, {found}")
+        return found
+
+    def _switch(
+        self, conversion: Conversion, made: dict[str, Sharding], seconds: dict[str, float]
+    ) -> Verification | None:
+        """Finishes all leaves, compares them, if that was asked for, and puts all in their places, or none."""
+        staged: dict[str, jax.Array] = {}
+        for ready in self._finished(conversion, made, seconds):
+            staged |= ready
+        found = None
+        if self._verify:
+            with timed(seconds, "verify"):
+                found = self._compared(conversion, staged)
+            if found.different:
+                raise SyncError(f"of what was made, {found}; nothing was written")
+        with self._engine.all_or_nothing():
+            self._assign(staged, seconds)
+            if self._verify and any(self._engine.leaf(name) is not leaf for name, leaf in staged.items()):
+                kept = self._compared(conversion, self._engine.leaves())
+                if kept.different:
+                    raise SyncError(f"after writing, {kept}; what was there before is put back")
+        return found
+
+    def _finished(
+        self, conversion: Conversion, made: dict[str, Sharding], seconds: dict[str, float]
+    ) -> Iterator[dict[str, jax.Array]]:
+        """Leaves as the engine is to hold them; the next job converts while the last one moves.
+
+        Args:
+            conversion: What makes them.
+            made: Gets how each one was held when it had been made.
+            seconds: Of each phase so far.
+        """
         moving: dict[str, jax.Array] = {}
-        ready: dict[str, jax.Array] = {}
-        moved = 0
         for job in conversion.jobs(self._bucket_bytes):
             names = [entry.name for entry in job.entries]
             with timed(seconds, "convert"):
-                donors = self._take(names) if self._in_place(job) else ()
-                made = jax.block_until_ready(self._make(conversion, job, donors))
+                donors = self._donate(names) if self._in_place(job) else ()
+                arrays = jax.block_until_ready(self._make(conversion, job, donors))
+            made |= {name: array.sharding for name, array in zip(names, arrays, strict=False)}
             if donors:
-                ready = dict(zip(names, made, strict=True))
-            else:
-                with timed(seconds, "transfer"):
-                    ready |= jax.block_until_ready(moving)
-                    arrived = self._route.send(made, None if self._atomic else self._take(names), self._shapes(job))
-                    sources = [array.sharding for array in made] or [None] * len(names)
-                    moved += sum(map(moved_bytes, self._shapes(job), sources))
-                    moving = dict(zip(names, map(on_sharding, arrived, self._shardings(job)), strict=True))
-            if not self._atomic:
-                self._assign(ready, seconds)
-                ready = {}
+                yield dict(zip(names, arrays, strict=True))
+                continue
+            with timed(seconds, "transfer"):
+                ready = jax.block_until_ready(moving)
+                arrived = self._route.send(arrays, None if self._atomic else self._donate(names), self._shapes(job))
+                moving = dict(zip(names, map(on_sharding, arrived, self._shardings(job)), strict=True))
+            yield ready
         with timed(seconds, "transfer"):
-            ready |= jax.block_until_ready(moving)
-        self._assign(ready, seconds)
-        return moved
+            ready = jax.block_until_ready(moving)
+        yield ready
 
     def _make(self, conversion: Conversion, job: Job, donors: Arrays = ()) -> Arrays:
         return conversion.make(job, self._shardings(job), donors) if self._route.sends else ()
 
     def _assign(self, leaves: dict[str, jax.Array], seconds: dict[str, float]) -> None:
         with timed(seconds, "assign"):
+            for leaf in leaves.values():
+                mark_written(leaf, self._attempt)
             self._engine.assign(leaves)
-            self._written_by |= dict.fromkeys(leaves, self._attempt)
+            for name, leaf in leaves.items():
+                if (kept := self._engine.leaf(name)) is not leaf:  # by a box that makes something else of it
+                    mark_written(kept, self._attempt)
 
-    def _take(self, names: list[str]) -> Arrays:
-        donors = tuple(self._engine.take(name) for name in names)
-        self._written_by |= dict.fromkeys(names)  # lost, until what is made of them has arrived
-        return donors
+    def _donate(self, names: list[str]) -> Arrays:
+        for name in names:  # lost, until what is made of them has arrived
+            mark_lost(self._engine.leaf(name), self._attempt)
+        return tuple(self._engine.donate(name) for name in names)
 
-    def _compared(self, conversion: Conversion) -> Verification:
-        engine = self._engine.leaves()
+    def _compared(self, conversion: Conversion, leaves: Mapping[str, Any]) -> Verification:
         different = []
         for job in conversion.jobs(self._bucket_bytes):
             names = [entry.name for entry in job.entries]
             expected = fingerprints(self._make(conversion, job))
-            held = fingerprints(engine[name] for name in names) if self._route.receives else []
+            held = fingerprints(leaves[name] for name in names) if self._route.receives else []
             shared = zip(
                 names, self._route.shared(expected, len(names)), self._route.shared(held, len(names)), strict=True
             )
             different += [name for name, made, found in shared if made != found]
         return Verification(len(conversion.plan.entries), tuple(different))
 
-    def _refuse(self, verification: Verification) -> None:
-        if verification.different:
-            self._written_by |= dict.fromkeys(verification.different)
-            raise SyncError(f"after writing, {verification}")
+    def _moved(self, conversion: Conversion, made: dict[str, Sharding]) -> int:
+        """Bytes that moved between devices; counted once for all syncs that are alike."""
+        leaves, plan = conversion.state.rooted, conversion.plan
+        alike = (plan, {path: getattr(leaf, "sharding", None) for path, leaf in leaves.items()}, made)
+        if self._counted[0] != alike:
+            targets = self._engine.shapes([entry.name for entry in plan.entries])
+            self._counted = (alike, all_moved_bytes(plan, leaves, made, targets))
+        return self._counted[1]
 
     def _shapes(self, job: Job) -> tuple[jax.ShapeDtypeStruct, ...]:
         return self._engine.shapes([entry.name for entry in job.entries])

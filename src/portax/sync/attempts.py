@@ -1,0 +1,99 @@
+"""Which sync wrote each live array: known of the array itself, whichever mapping holds it and whoever asks.
+
+Whether an engine is torn does not follow from what one `WeightSync` remembers, but from what is there: leaves of two
+syncs, or lost ones. So every array is marked with the attempt that made it, in a table that keeps no array alive.
+"""
+
+import dataclasses
+import functools
+import itertools
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from portax.sync.report import Torn
+
+_numbers = itertools.count(1)
+
+
+class Attempt:
+    """One sync that has begun to write, completed or not.
+
+    Attributes:
+        number: Its place among all of this process.
+        cause: What kept it from being completed; empty if nothing did.
+    """
+
+    def __init__(self):
+        self.number = next(_numbers)
+        self.cause = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mark:
+    """The attempt that wrote an array, or that has given its buffer away."""
+
+    attempt: Attempt
+    lost: bool
+
+
+class _Marks:
+    """Marks by array. Arrays have no hash, so they are known by identity, for as long as they live."""
+
+    def __init__(self):
+        self._lock = threading.RLock()  # a collection of garbage may come in between, on the same thread
+        self._held: dict[int, tuple[weakref.ref, _Mark]] = {}
+
+    def __getitem__(self, array: Any) -> _Mark | None:
+        alive, mark = self._held.get(id(array), (None, None))
+        return mark if alive is not None and alive() is array else None
+
+    def __setitem__(self, array: jax.Array, mark: _Mark) -> None:
+        with self._lock:
+            self._held[id(array)] = weakref.ref(array, functools.partial(self._forget, id(array))), mark
+
+    def _forget(self, key: int, alive: weakref.ref) -> None:
+        with self._lock:
+            if key in self._held and self._held[key][0] is alive:
+                del self._held[key]
+
+
+_marks = _Marks()
+
+
+def mark_written(array: jax.Array, attempt: Attempt) -> None:
+    """Notes which attempt made an array; before it is put into an engine, so that no interrupt comes in between."""
+    _marks[array] = _Mark(attempt, lost=False)
+
+
+def mark_lost(array: jax.Array, attempt: Attempt) -> None:
+    """Notes which attempt has given an array's buffer to a program, or found wrong bits in it."""
+    _marks[array] = _Mark(attempt, lost=True)
+
+
+def torn(leaves: Mapping[str, Any]) -> Torn | None:
+    """What an incomplete sync left behind among an engine's leaves; None if they all belong together.
+
+    Args:
+        leaves: The planned leaves by name, as they are now; None for those that are gone.
+    """
+    marks = {name: _marks[leaf] for name, leaf in leaves.items()}
+    lost = tuple(name for name, leaf in leaves.items() if _is_lost(leaf, marks[name]))
+    whole = {name: mark and mark.attempt for name, mark in marks.items() if name not in {*lost}}
+    if not lost and len({id(attempt) for attempt in whole.values()}) <= 1:
+        return None
+    attempts = [mark.attempt for mark in marks.values() if mark is not None]
+    latest = max(attempts, key=lambda attempt: attempt.number, default=None)
+    return Torn(
+        new=tuple(name for name, attempt in whole.items() if attempt is latest is not None),
+        old=tuple(name for name, attempt in whole.items() if attempt is not latest or latest is None),
+        lost=lost,
+        cause=(latest and latest.cause) or "something other than a sync, which replaced or freed leaves",
+    )
+
+
+def _is_lost(leaf: Any, mark: _Mark | None) -> bool:
+    return not isinstance(leaf, jax.Array) or leaf.is_deleted() or (mark is not None and mark.lost)
