@@ -9,7 +9,8 @@ import portax
 from portax.config.shipped import configs
 
 UNDERIVED = "gemma3"  # MaxText scales its queries by the model's name
-TREES = sorted(path.name for path in GOLDEN.glob("*.scan") if not path.name.startswith(UNDERIVED))
+EXPORTED = sorted(path.parent.name for path in GOLDEN.glob("*.scan/hf.json"))
+TREES = [name for name in EXPORTED if not name.startswith(UNDERIVED)]
 UNSAID = {  # what the goldens do not record of MaxText's config, or it does not say
     "gemma4-e2b.unscan": {"global_rope_proportion": 0.25, "inhomogeneous_layer_cycle_interval": 5},
     "gemma4-e4b.unscan": {"global_rope_proportion": 0.25, "inhomogeneous_layer_cycle_interval": 6},

@@ -4,6 +4,7 @@ from portax.converters.gemma3 import Gemma3Converter
 from portax.converters.gemma4 import Gemma4Converter
 from portax.converters.gemma4_small import Gemma4SmallConverter
 from portax.converters.llama import LlamaConverter
+from portax.converters.maxtext import MaxTextConverter
 from portax.converters.qwen2 import Qwen2Converter
 from portax.converters.qwen3 import Qwen3Converter
 from portax.converters.qwen3_5 import Qwen3_5Converter
@@ -15,6 +16,7 @@ __all__ = [
     "Gemma4Converter",
     "Gemma4SmallConverter",
     "LlamaConverter",
+    "MaxTextConverter",
     "Qwen2Converter",
     "Qwen3Converter",
     "Qwen3NextConverter",

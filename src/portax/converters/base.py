@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from jaxtyping import Array, Shaped
 
 from portax.config.model_config import ModelConfig
 from portax.converters.decoder import PlainDecoder
+from portax.converters.structure import TrainerNames
 from portax.errors import ConfigError, LayoutError
 from portax.execution import executor
 from portax.execution.byte_counts import byte_count
@@ -18,7 +19,7 @@ from portax.execution.inverse import Restoration
 from portax.layouts import Layout, TpuInference
 from portax.planning.plan import Plan
 from portax.planning.planner import make_plan
-from portax.planning.trace import lower
+from portax.planning.trace import Hooks, lower
 from portax.trainer import param_tree, scan
 from portax.trainer.layer_params import Axes, LayerParams
 
@@ -38,7 +39,10 @@ class BaseConverter(PlainDecoder):
         mesh: Where results go; None leaves them where they were computed.
         module_prefix: What this engine's model class wraps its language model in, e.g. `language_model.`.
         strict_dtype: Whether a cast that loses precision is an error.
+        by_structure: Whether the hooks return the trainer's leaves as they are, of any decoder.
     """
+
+    by_structure: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -70,7 +74,10 @@ class BaseConverter(PlainDecoder):
         self.layout = layout.for_architecture(self.architecture)
         self.strict_dtype = strict_dtype
         self._plans: dict[Any, Plan] = {}
-        self._executor = executor.Executor(self, mesh)
+        self._hooks: Hooks = self
+        if self.layout.names == "trainer" and not self.by_structure:
+            self._hooks = TrainerNames(self.config, self.layout, self)
+        self._executor = executor.Executor(self._hooks, mesh)
         self._check_config()
         _check_mesh(mesh, self.layout)
 
@@ -210,11 +217,11 @@ class BaseConverter(PlainDecoder):
         }
 
     def _expected(self, leaves: LayerParams, is_global: bool = False) -> dict[str, Axes]:
-        jax.eval_shape(lambda: lower(self, leaves, is_global=is_global))
+        jax.eval_shape(lambda: lower(self._hooks, leaves, is_global=is_global))
         return leaves.expected
 
     def _check_config(self) -> None:
-        if self.config.decoder_block not in self.decoder_blocks:
+        if not self.by_structure and self.config.decoder_block not in self.decoder_blocks:
             raise ConfigError(
                 f"decoder_block={self.config.decoder_block!r} is not for {type(self).__name__}, "
                 f"which converts {', '.join(self.decoder_blocks)}"
@@ -288,10 +295,10 @@ class BaseConverter(PlainDecoder):
         strict = self.strict_dtype if strict_dtype is None else strict_dtype
         if target is not None:
             target = {".".join(path): param_tree.unbox(leaf) for path, leaf in param_tree.flatten(target)}
-            return make_plan(self, self.module_prefix, state, sections, target=target, strict_dtype=strict)
+            return make_plan(self._hooks, self.module_prefix, state, sections, target=target, strict_dtype=strict)
         signature = (strict, state.root, tuple((p, x.shape, np.dtype(x.dtype)) for p, x in state.leaves.items()))
         if signature not in self._plans:
-            plan = make_plan(self, self.module_prefix, state, sections, target=None, strict_dtype=strict)
+            plan = make_plan(self._hooks, self.module_prefix, state, sections, target=None, strict_dtype=strict)
             self._plans = {signature: plan}
         return self._plans[signature]
 

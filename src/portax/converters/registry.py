@@ -11,6 +11,7 @@ from portax.converters.gemma3 import Gemma3Converter
 from portax.converters.gemma4 import Gemma4Converter
 from portax.converters.gemma4_small import Gemma4SmallConverter
 from portax.converters.llama import LlamaConverter
+from portax.converters.maxtext import MaxTextConverter
 from portax.converters.qwen2 import Qwen2Converter
 from portax.converters.qwen3 import Qwen3Converter
 from portax.converters.qwen3_5 import Qwen3_5Converter
@@ -42,6 +43,8 @@ def converter_for(
 ) -> BaseConverter:
     """The converter for a model, chosen by what its config says (`decoder_block`), never by the model's name.
 
+    An engine that runs MaxText's own model takes any decoder: one that no family is for goes by structure alone.
+
     Args:
         config: Anything that `ModelConfig.of` reads: a MaxText config object, a mapping, a YAML or `config.json` path.
         layout: How the engine holds weights.
@@ -61,15 +64,16 @@ def converter_for(
     """
     config = ModelConfig.of(config)
     known = families()
+    options: dict[str, Any] = {"layout": layout, "module_prefix": module_prefix, "strict_dtype": strict_dtype}
+    if config.decoder_block not in known and layout.names == "trainer":
+        return MaxTextConverter(config, mesh, **options)
     if config.decoder_block not in known:
         listed = ", ".join(f"{block} ({family.__name__})" for block, family in known.items())
         raise ConfigError(
             f"decoder_block={config.decoder_block!r} has no converter; known: {listed}. "
             f"A package can register one under the entry point group {ENTRY_POINTS!r}"
         )
-    return known[config.decoder_block](
-        config, mesh, layout=layout, module_prefix=module_prefix, strict_dtype=strict_dtype
-    )
+    return known[config.decoder_block](config, mesh, **options)
 
 
 def families() -> dict[str, type[BaseConverter]]:

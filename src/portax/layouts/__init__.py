@@ -4,6 +4,18 @@ from portax.layouts.base import Layout, Place, Stage, Tensor, nowhere
 from portax.layouts.canonical import Canonical
 from portax.layouts.flax_nnx import FlaxNnx
 from portax.layouts.huggingface import HuggingFace
+from portax.layouts.maxtext_vllm import MaxTextVllm
 from portax.layouts.tpu_inference import TpuInference
 
-__all__ = ["Canonical", "FlaxNnx", "HuggingFace", "Layout", "Place", "Stage", "Tensor", "TpuInference", "nowhere"]
+__all__ = [
+    "Canonical",
+    "FlaxNnx",
+    "HuggingFace",
+    "Layout",
+    "MaxTextVllm",
+    "Place",
+    "Stage",
+    "Tensor",
+    "TpuInference",
+    "nowhere",
+]

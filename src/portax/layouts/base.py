@@ -6,13 +6,14 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
+from portax.errors import LayoutError
 from portax.weights import bits, blocks, kernels
 
 OTHER_MODALITIES = r"(visual|vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio)\."
@@ -82,6 +83,9 @@ class Layout(abc.ABC):
     the engine's dtype, and bfloat16 as raw bits, so all it can do is move, pad and repeat; it knows no model.
     """
 
+    names: ClassVar[Literal["hub", "trainer"]] = "hub"
+    """Whose names and axes the engine keeps; with the trainer's, blocks are `TrainerParam`s and experts alone."""
+
     @property
     @abc.abstractmethod
     def dtype(self) -> jnp.dtype | None:
@@ -101,6 +105,19 @@ class Layout(abc.ABC):
             layer: Number of the layer; None outside the layers.
             module_prefix: What the model class wraps its language model in, e.g. `language_model.`.
         """
+
+    def full_name(self, tensor: Tensor, *, layer: int | None, unscanned: str, module_prefix: str) -> str:
+        """The engine's full name of a tensor; by default its `path`.
+
+        Args:
+            tensor: As for `path`.
+            layer: As for `path`.
+            unscanned: Path of the layer in a trainer's tree that is not scanned, e.g. `decoder/layers_3`; empty outside
+                the layers.
+            module_prefix: As for `path`.
+        """
+        del unscanned
+        return self.path(tensor, layer=layer, module_prefix=module_prefix)
 
     def for_architecture(self, architecture: str | None) -> "Layout":
         """The layout of one class of models, for an engine that holds them in several ways; by default the same.
@@ -182,6 +199,8 @@ class Layout(abc.ABC):
                 return self.tied_lm_head(block)
             case blocks.Param():
                 return self.param(block)
+            case blocks.TrainerParam():
+                return self.trainer_param(block)
 
     def bare_linear(self, block: blocks.BareLinear) -> tuple[Tensor, ...]:
         """Holds a matrix product outside the engine's parallel layers; by default as the hub does, `[out, in]`."""
@@ -190,6 +209,17 @@ class Layout(abc.ABC):
     def param(self, block: blocks.Param) -> tuple[Tensor, ...]:
         """Holds a parameter that is replicated; by default as the hub does."""
         return (Tensor(block.name, block.value),)
+
+    def trainer_param(self, block: blocks.TrainerParam) -> tuple[Tensor, ...]:
+        """Holds a parameter of the trainer's own model; by default refuses it.
+
+        Raises:
+            LayoutError: This engine runs another model than the trainer's, under other names.
+        """
+        raise LayoutError(
+            f"{block.name}: {type(self).__name__} holds weights under the hub's names, which need the converter of a "
+            "model family; only an engine that runs the trainer's own model takes any tree (portax.layouts.MaxTextVllm)"
+        )
 
     @abc.abstractmethod
     def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:

@@ -75,13 +75,14 @@ def make_plan(
 
 def _entries(layout: Layout, module_prefix: str, section: Section, traced: Trace, root: str) -> Iterable[Entry]:
     for layer in section.layers:
+        name = functools.partial(
+            layout.full_name, layer=layer.index, unscanned=layer.unscanned, module_prefix=module_prefix
+        )
         for tensor, sources in zip(traced.tensors, traced.sources, strict=True):
             dtype = np.dtype(tensor.array.dtype)
-            tied = tensor.tied_to and layout.path(
-                Tensor(tensor.tied_to, None), layer=layer.index, module_prefix=module_prefix
-            )
+            tied = tensor.tied_to and name(Tensor(tensor.tied_to, None))
             yield Entry(
-                name=layout.path(tensor, layer=layer.index, module_prefix=module_prefix),
+                name=name(tensor),
                 shape=tuple(tensor.array.shape),
                 dtype=dtype,
                 spec=tensor.spec,

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from portax.errors import GoldenError
-from portax.layouts import FlaxNnx, HuggingFace, Layout, TpuInference
+from portax.layouts import FlaxNnx, HuggingFace, Layout, MaxTextVllm, TpuInference
 from portax.testing.probe import probe
 
 
@@ -84,7 +84,7 @@ class Golden:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Golden":
-        """Reads an engine's golden (`tpu-inference-*.json`) or a hub export's (`hf.json`).
+        """Reads an engine's golden (`tpu-inference-*.json`, `maxtext-vllm-*.json`) or a hub export's (`hf.json`).
 
         Raises:
             GoldenError: The file is neither.
@@ -147,6 +147,8 @@ def _compare_leaf(name: str, leaf: Any, expected: GoldenLeaf) -> Comparison:
 
 
 def _engine_layout(content: Mapping[str, Any]) -> Layout:
+    if content.get("implementation") == "MaxTextForCausalLM":
+        return _maxtext_layout(content)
     attention_dp = content["mesh"].get("attn_dp")
     options: dict[str, Any] = {
         "version": content["versions"]["tpu-inference"],
@@ -156,6 +158,17 @@ def _engine_layout(content: Mapping[str, Any]) -> Layout:
     if content.get("implementation") == "flax_nnx":
         return FlaxNnx(**options)
     return TpuInference(**options, attention_dp=attention_dp)
+
+
+def _maxtext_layout(content: Mapping[str, Any]) -> MaxTextVllm:
+    mesh = content["mesh"]
+    return MaxTextVllm(
+        version=content["versions"]["maxtext"],
+        tp=mesh["model"] * mesh["attn_dp"],
+        attention_dp=mesh["attn_dp"],
+        expert_parallel=mesh["expert"] * mesh["attn_dp_expert"],
+        prefused=not any(name.endswith(".wi_0") for name in content["leaves"]),
+    )
 
 
 def _leaf(row: Mapping[str, Any]) -> GoldenLeaf:

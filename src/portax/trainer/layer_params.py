@@ -69,6 +69,27 @@ class LayerParams:
         """Whether the tree has this leaf; what that decides, the config must permit."""
         return path in self._arrays
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The leaves that the tree has, whatever the config says."""
+        return tuple(self._arrays)
+
+    def take(self, path: str) -> Shaped[Array, "..."]:
+        """One leaf of this layer as it is, for who moves it without knowing what it means; bfloat16 as its bits.
+
+        Args:
+            path: Path of a leaf that the tree has.
+        """
+        leaf = self._arrays[path]
+        at = self.config.param_scan_axis
+        expected = (*leaf.shape[:at], *self._scan, *leaf.shape[at + len(self._scan) :])
+        if problem := _problem(path, leaf, expected, f"of a stack of {list(self._scan)} layers on axis {at}"):
+            self.problems.append(problem)
+            dtype = leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.float32
+            own = expected[:at] + expected[at + len(self._scan) :]
+            return jnp.broadcast_to(0 * jnp.asarray(leaf).astype(dtype).sum(), own)
+        return self._own(path)
+
     def read(self, path: str, axes: str, scale_shift: ScaleShift | None = None) -> Shaped[Array, "..."]:
         """One leaf of this layer, without its scan axes; bfloat16 comes `bits.to_bits`, for moving, not for arithmetic.
 
@@ -93,9 +114,12 @@ class LayerParams:
             if leaf is None:
                 return jnp.zeros(shape, dtype)
             return jnp.broadcast_to(0 * jnp.asarray(leaf).astype(dtype).sum(), shape)  # a trace shows what it feeds
-        leaf = jnp.asarray(leaf)
-        own = bits.to_bits(leaf)
+        return self._own(path, scale_shift)
+
+    def _own(self, path: str, scale_shift: ScaleShift | None = None) -> Shaped[Array, "..."]:
+        own = bits.to_bits(jnp.asarray(self._arrays[path]))
         if self._scan:
+            at = self.config.param_scan_axis
             own = kernels.unscan(own, self._position, axes=tuple(range(at, at + len(self._scan))))
         if path in self._shardings:  # else XLA may communicate before the cast to bits, and then does it in float32
             own = lax.with_sharding_constraint(own, self._shardings[path])

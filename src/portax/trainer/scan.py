@@ -38,6 +38,15 @@ class Layer:
         """Full path of one leaf, below the root."""
         return f"{self.container}/{leaf}" if self.container else leaf
 
+    @property
+    def unscanned(self) -> str:
+        """Path of the layer in a tree that is not scanned; empty for the global weights."""
+        if self.index is None or _UNSCANNED.fullmatch(f"{self.container}/*"):
+            return self.container
+        if self.container.rpartition("/")[2] in _OF_ONE_KIND:
+            return f"{self.container}_{self.position[0]}"
+        return f"decoder/layers_{self.index}"
+
     def place(self, scan_axis: int) -> Any:
         """Where in its leaves this layer is, as an index: all of them, or a slice of a stack.
 
@@ -129,12 +138,14 @@ def unscanned(depth: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
     return ((f"decoder/layers_{index}", (), index) for index in range(depth))
 
 
-_UNSCANNED = re.compile(r"(?P<container>decoder/layers_(?P<index>\d+))/(?P<leaf>.+)")
+_OF_ONE_KIND = ("dense_layers", "moe_layers")  # DeepSeek's: first all dense layers, each kind counted from 0
+_UNSCANNED = re.compile(r"(?P<container>decoder/(?P<block>(dense_|moe_)?layers)_(?P<index>\d+))/(?P<leaf>.+)")
 _SCANNED = re.compile(
-    r"decoder/(?P<block>layers|scanned_blocks|layers_remainder)/"
+    r"decoder/(?P<block>layers|scanned_blocks|dense_layers|moe_layers|layers_remainder)/"
     r"((?P<slot>layers?_\d+|local_layers|global_layer)/)?(?P<leaf>.+)"
 )
 _REMAINDER, _LOCAL = "layers_remainder", "local_layers"
+_AFTER_OTHERS = ("moe_layers", _REMAINDER)
 
 
 def sections(
@@ -164,20 +175,23 @@ def sections(
 
 def _split(state: ParamTree, scan_axis: int) -> tuple[Layer, list[Layer]]:
     outside: dict[str, Any] = {}
-    single: dict[tuple[int, str], dict[str, Any]] = {}
+    single: dict[str, dict[tuple[int, str], dict[str, Any]]] = {}
     blocks: dict[str, dict[str, dict[str, Any]]] = {}
     for path, leaf in state.leaves.items():
         if match := _UNSCANNED.fullmatch(path):
-            single.setdefault((int(match["index"]), match["container"]), {})[match["leaf"]] = leaf
+            numbered = single.setdefault(match["block"], collections.defaultdict(dict))
+            numbered[int(match["index"]), match["container"]][match["leaf"]] = leaf
         elif match := _SCANNED.fullmatch(path):
             slots = blocks.setdefault(match["block"], collections.defaultdict(dict))
             slots[match["slot"] or ""][match["leaf"]] = leaf
         else:
             outside[path] = leaf
-    layers = [Layer(index, container, leaves) for (index, container), leaves in single.items()]
-    for block in sorted(blocks, key=lambda block: block == _REMAINDER):
-        first = 1 + max((layer.index or 0 for layer in layers), default=-1) if block == _REMAINDER else 0
-        layers += _unstack(f"decoder/{block}", blocks[block], scan_axis, block != _REMAINDER, first, state.root)
+    layers: list[Layer] = []
+    for block in sorted({*single, *blocks}, key=lambda block: (block in _AFTER_OTHERS, block == _REMAINDER)):
+        first = 1 + max((layer.index or 0 for layer in layers), default=-1) if block in _AFTER_OTHERS else 0
+        layers += [Layer(first + index, at, leaves) for (index, at), leaves in single.get(block, {}).items()]
+        if block in blocks:
+            layers += _unstack(f"decoder/{block}", blocks[block], scan_axis, block != _REMAINDER, first, state.root)
     return Layer(None, "", outside), sorted(layers, key=lambda layer: layer.index or 0)
 
 

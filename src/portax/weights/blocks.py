@@ -194,6 +194,22 @@ class Param:
     float32: bool = _static(default=False)
 
 
+@_block
+class TrainerParam:
+    """A parameter for an engine that runs the trainer's own model: under the trainer's name, with the trainer's axes.
+
+    Attributes:
+        name: The trainer's path, joined by dots, e.g. `self_attention.key.kernel`.
+        axes: What MaxText's `logical_axis_rules` call each axis: `vocab`, `heads`, `kv_heads`, `mlp`, `mlp_moe`, `exp`;
+            empty for one that no mesh axis cuts; None as a whole where nobody knows.
+        value: The values of one layer.
+    """
+
+    name: str = _static()
+    axes: tuple[str, ...] | None = _static()
+    value: Shaped[Array, "..."]
+
+
 Block: TypeAlias = (
     Linear
     | MergedLinear
@@ -206,4 +222,5 @@ Block: TypeAlias = (
     | LMHead
     | TiedLMHead
     | Param
+    | TrainerParam
 )

@@ -1,0 +1,58 @@
+"""`MaxTextConverter`: any MaxText decoder, by structure alone, for an engine that runs MaxText's own model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from portax.converters.base import BaseConverter
+from portax.converters.decoder import Blocks
+from portax.converters.structure import named_blocks
+from portax.errors import ConfigError
+from portax.trainer.layer_params import Axes, LayerParams
+
+
+class MaxTextConverter(BaseConverter):
+    """Feeds an engine that runs MaxText's own model with the tree of any MaxText decoder, custom blocks included.
+
+    It knows structure alone: which layers are stacked, which kernels an engine fuses, pads or repeats. It takes the
+    tree as it is, so a leaf that is missing shows only against the engine's leaves; a family's converter checks every
+    leaf against the config.
+
+    Example:
+        >>> portax.MaxTextConverter(config, layout=portax.layouts.MaxTextVllm(version="0.2.5", tp=4)).plan(params)
+    """
+
+    by_structure = True
+
+    def check_config(self) -> None:
+        """Raises a `ConfigError` for an engine that holds weights under the hub's names."""
+        if self.layout.names != "trainer":
+            raise ConfigError(
+                f"MaxTextConverter knows the trainer's names alone, and {type(self.layout).__name__} holds weights "
+                f"under the hub's: decoder_block={self.config.decoder_block!r} needs the converter of its family"
+            )
+
+    def global_weights(self, model: LayerParams) -> Blocks:
+        """Whatever stands outside the layers."""
+        return named_blocks(model, model.paths)
+
+    def layer_blocks(self, layer: LayerParams) -> Blocks:
+        """Whatever the layer has."""
+        return named_blocks(layer, layer.paths)
+
+    def expected_tree(
+        self,
+        *,
+        scanned: bool = True,
+        dtype: Any = np.float32,
+        partition: Callable[[Axes], Sharding] | None = None,
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Raises a `ConfigError`: the configuration does not imply the tree of any decoder."""
+        del scanned, dtype, partition
+        raise ConfigError(
+            f"MaxTextConverter takes the tree as it is and cannot tell it from decoder_block="
+            f"{self.config.decoder_block!r}: pass params (arrays or shapes)"
+        )
