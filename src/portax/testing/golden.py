@@ -15,6 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from portax.errors import GoldenError
 from portax.layouts import FlaxNnx, HuggingFace, Layout, MaxTextVllm, TpuInference
 from portax.testing.probe import probe
+from portax.testing.spread import edges, spread
+
+VALUES = {"probe": probe, "spread": spread, "edges": edges}
+"""What the parameters of a golden's tree are filled with, by the name in its file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +50,14 @@ class Tree:
             raise GoldenError(f"{path}: params is not a mapping of path to shape and dtype ({error!r})") from error
         return cls(content["config"], shapes)
 
-    def fill(self) -> dict[str, np.ndarray]:
-        """Probe values for every parameter, in host memory."""
-        return {path: probe(path, leaf.shape).astype(leaf.dtype) for path, leaf in self.shapes.items()}
+    def fill(self, values: str = "probe") -> dict[str, np.ndarray]:
+        """Known values for every parameter, in host memory.
+
+        Args:
+            values: Which: one of `VALUES`.
+        """
+        make = VALUES[values]
+        return {path: make(path, leaf.shape).astype(leaf.dtype) for path, leaf in self.shapes.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,16 @@ def _splitmix64(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
     return z ^ (z >> np.uint64(31))
 
 
+def hashed(path: str, count: int) -> UInt64[np.ndarray, " n"]:
+    """64 bits for each of the first `count` elements of a leaf: `splitmix64(i + crc32(path) * 2**32)`.
+
+    Args:
+        path: Full path of the leaf.
+        count: How many.
+    """
+    return _splitmix64(np.arange(count, dtype=np.uint64) + (np.uint64(zlib.crc32(path.encode())) << np.uint64(32)))
+
+
 def probe(path: str, shape: Sequence[int]) -> Float32[np.ndarray, "..."]:
     """The values of one leaf.
 
@@ -24,8 +34,7 @@ def probe(path: str, shape: Sequence[int]) -> Float32[np.ndarray, "..."]:
         path: Full path of the leaf, e.g. `base/decoder/decoder_norm/scale`.
         shape: Its shape.
     """
-    count = int(np.prod(shape, dtype=np.int64))
-    bits = _splitmix64(np.arange(count, dtype=np.uint64) + (np.uint64(zlib.crc32(path.encode())) << np.uint64(32)))
+    bits = hashed(path, int(np.prod(shape, dtype=np.int64)))
     fraction = 1 + (bits & np.uint64(0x7F)).astype(np.float32) / np.float32(128)
     exponent = ((bits >> np.uint64(8)) & np.uint64(7)).astype(np.int32) - 4
     sign = np.where((bits >> np.uint64(7)) & np.uint64(1), np.float32(-1), np.float32(1))
