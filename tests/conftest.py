@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from portax.cli.main import main, parse
+from portax.cli.main import main
 from portax.testing.golden import Tree
 
 jax.config.update("jax_platforms", "cpu")
@@ -71,7 +71,7 @@ def nested(flat: dict) -> dict:
 def command(*args) -> int:
     """Runs `portax` in this process and returns its exit code."""
     try:
-        return main(parse(["portax", *map(str, args)]))
+        return main([*map(str, args)])
     except SystemExit as stop:  # argparse's own way out
         return stop.code
 

@@ -235,21 +235,21 @@ def as_pickle(folder):
         (shutil.rmtree, (), 2, "there is no such checkpoint"),
     ],
 )
-def test_what_cannot_be_imported(copy, out, caplog, spoil, options, code, message):
+def test_what_cannot_be_imported(copy, out, capsys, spoil, options, code, message):
     if spoil is not None:
         spoil(copy)
     assert main(copy, *options, "--out", out) == code
-    assert message in caplog.text
+    assert message in capsys.readouterr().err
     assert [*out.parent.iterdir()] == []
 
 
-def test_what_is_there_is_not_touched(hub, out, caplog):
+def test_what_is_there_is_not_touched(hub, out, capsys):
     out.write_text("years of work")
     assert main(hub, "--out", out) == 2
-    assert "out: exists; nothing was written" in caplog.text
+    assert "out: exists; nothing was written" in capsys.readouterr().err
     assert out.read_text() == "years of work"
 
 
-def test_a_trainers_own_checkpoint_is_none_of_the_hubs(out, caplog):
+def test_a_trainers_own_checkpoint_is_none_of_the_hubs(out, capsys):
     assert main(QWEN3 / "orbax", "--config", QWEN3 / "hf_config.json", "--out", out) == 2
-    assert "a trainer's checkpoint, not the hub's" in caplog.text
+    assert "a trainer's checkpoint, not the hub's" in capsys.readouterr().err

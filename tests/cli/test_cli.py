@@ -1,6 +1,9 @@
 """The command line, as a user runs it."""
 
+import importlib.metadata
 import json
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -16,14 +19,13 @@ ENGINE = ("--engine-version", "0.32", "--tp", "2")
 
 
 @pytest.fixture
-def portax(capsys, caplog):
+def portax(capsys):
     """Runs the command in this process, checks its exit code, and returns what it printed."""
 
     def run(*args, code=0):
-        caplog.clear()
         assert command(*args) == code
         printed = capsys.readouterr()
-        return printed.out if code == 0 else printed.out + printed.err + caplog.text
+        return printed.out if code == 0 else printed.out + printed.err
 
     return run
 
@@ -48,7 +50,9 @@ def test_demo_for_machines(portax):
 
 
 def test_demo_of_an_unknown_model(portax):
-    assert "the demo has no tree of gpt-2; it has gemma3-4b, gemma4-26b," in portax("demo", "--model", "gpt-2", code=2)
+    assert "the demo has no tree of 'gpt-2'; there are gemma3-4b, gemma4-26b," in portax(
+        "demo", "--model", "gpt-2", code=2
+    )
 
 
 def test_verify_passes_and_fails_leaf_by_leaf(portax, tmp_path):
@@ -62,6 +66,8 @@ def test_verify_passes_and_fails_leaf_by_leaf(portax, tmp_path):
     (tmp_path / "golden.json").write_text(json.dumps(golden))
     out = portax("verify", "--tree", DENSE / "source.json", "--golden", tmp_path / "golden.json", code=1)
     assert "35 leaves, 2 differ" in out
+    assert "1 differs " in out
+    assert "1 differ " not in out
     out = portax("verify", "--tree", DENSE / "source.json", "--golden", tmp_path / "golden.json", "--json", code=1)
     wrong = {leaf: row["difference"] for leaf, row in json.loads(out)["leaves"].items() if not row["exact"]}
     assert wrong.keys() == {name, "vllm_model.model.norm.weight"}
@@ -83,7 +89,10 @@ def test_verify_a_users_own_weights(portax, tmp_path):
 
 def test_convert_writes_what_the_library_makes(portax, tmp_path):
     out = tmp_path / "weights"
-    args = ("convert", "--tree", DENSE / "source.json", *ENGINE, "--out", out)
+    safetensors.numpy.save_file(dict(filled("qwen3-8b.scan")), tmp_path / "tree.safetensors")
+    (tmp_path / "model.yml").write_text(json.dumps(dict(tree("qwen3-8b.scan").config)))
+    weights = ("--tree", tmp_path / "tree.safetensors", "--config", tmp_path / "model.yml")
+    args = ("convert", *weights, *ENGINE, "--out", out)
     assert "35 tensors" in portax(*args)
     written = safetensors.numpy.load_file(out / "model-00001-of-00001.safetensors")
     assert len(written) == 35
@@ -93,7 +102,30 @@ def test_convert_writes_what_the_library_makes(portax, tmp_path):
         filled("qwen3-8b.scan")["base/token_embedder/embedding"],
     )
     assert "exists; nothing was written" in portax(*args, code=2)
-    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+SOURCE = DENSE / "source.json"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("convert", SOURCE, *ENGINE, "--out", "x"),
+        ("convert", SOURCE, "--layout", "hf", "--no-hub-config", "--out", "x", "--dry-run"),
+        ("validate", SOURCE, "--hub-config", DENSE / "config.json", "--dry-run"),
+        ("import", SOURCE, "--config", DENSE / "config.json", "--out", "x"),
+        ("inspect", SOURCE),
+        ("diff", SOURCE, SOURCE),
+    ],
+)
+def test_a_dumped_tree_is_no_model(portax, args):
+    told = portax(*args, code=2)
+    assert f"portax: error: {SOURCE}: is a dumped tree: names, shapes and dtypes of a model, and no values" in told
+
+
+def test_of_dumped_trees_shapes_can_be_compared(portax):
+    assert "verdict  14 leaves: 14 equal in shape and dtype" in portax("diff", SOURCE, SOURCE, "--dry-run")
 
 
 def test_a_checkpoint_to_the_hub(tmp_path, capsys):
@@ -109,13 +141,18 @@ def test_a_checkpoint_to_the_hub(tmp_path, capsys):
     assert len(safetensors.numpy.load_file(out / "model-00001-of-00001.safetensors")) == 46
 
 
-def test_a_hub_export_without_its_config_says_so(tmp_path, capsys):
+def test_a_hub_export_without_a_config_is_refused_before_anything_is_written(portax, tmp_path):
     config = ("--config", CHECKPOINT / "maxtext_config.json", "--layout", "hf")
-    assert command("convert", CHECKPOINT / "orbax", *config, "--dtype", "bfloat16", "--out", tmp_path / "hub") == 0
-    out = capsys.readouterr().out
-    assert "46 tensors, 378 kB" in out
-    assert "no config.json was written: pass the hub's, --hub-config; no config.json can be derived" in out
-    assert "rope_max_timescale: missing" in out
+    args = ("convert", CHECKPOINT / "orbax", *config, "--dtype", "bfloat16", "--out", tmp_path / "hub")
+    told = portax(*args, code=2)
+    assert "no config.json for the hub: pass the hub's, --hub-config, or --no-hub-config to write the tensors" in told
+    assert "rope_max_timescale: missing" in told
+    assert [*tmp_path.iterdir()] == []
+    assert "46 tensors, 378 kB" in portax(*args, "--no-hub-config")
+    assert not (tmp_path / "hub" / "config.json").exists()
+    assert "not allowed with argument" in portax(*args, "--no-hub-config", "--hub-config", "x", code=2)
+    engine = ("convert", CHECKPOINT / "orbax", *ENGINE, "--no-hub-config", "--out", tmp_path / "x")
+    assert "--no-hub-config: a config.json goes with --layout hf" in portax(*engine, code=2)
 
 
 def test_a_hub_export_derives_its_config(tmp_path, capsys):
@@ -128,7 +165,7 @@ def test_a_hub_export_derives_its_config(tmp_path, capsys):
     assert json.loads((tmp_path / "hub" / "config.json").read_text()).items() <= hub.items()
 
 
-def test_an_interrupted_command_goes_on(tmp_path, capsys, caplog, monkeypatch):
+def test_an_interrupted_command_goes_on(tmp_path, capsys, monkeypatch):
     config = ("--config", CHECKPOINT / "hf_config.json", "--layout", "hf")
     args = ("convert", CHECKPOINT / "orbax", *config, "--out", tmp_path / "o", "--shard-bytes", "100000")
 
@@ -138,7 +175,7 @@ def test_an_interrupted_command_goes_on(tmp_path, capsys, caplog, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("portax.checkpoints.hf_export.index", stop)
         assert command(*args) == 130
-    assert "interrupted; what is whole is kept in" in caplog.text
+    assert "interrupted; what is whole is kept in" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
     assert command(*args) == 0
     assert "in 8 files, 8 of them from before" in capsys.readouterr().out
@@ -179,6 +216,121 @@ def test_a_plan_with_problems_lists_them(portax):
     out = portax("plan", "--tree", DENSE / "source.json", "--model", "qwen3-30b-a3b", *ENGINE, code=1)
     assert "problems, nothing was converted" in out
     assert "decoder/layers/moe_block/wi_0: found nothing" in out
+
+
+def test_a_plan_with_problems_lists_them_for_machines(capsys):
+    args = ("plan", "--tree", DENSE / "source.json", "--model", "qwen3-30b-a3b", *ENGINE, "--json")
+    assert command(*args) == 1
+    out = json.loads(capsys.readouterr().out)
+    assert out["error"] == "PlanError"
+    [missing] = [row for row in out["problems"] if row["leaf"].endswith("decoder/layers/moe_block/wi_0")]
+    assert missing.keys() == {"leaf", "found", "expected", "cause"}
+    assert missing["found"] == "nothing"
+
+
+def test_an_error_for_machines(capsys):
+    assert command("plan", "--model", "qwen3-8b", "--engine-version", "0.32", "--json") == 2
+    assert json.loads(capsys.readouterr().out)["error"] == "ConfigError"
+
+
+def test_an_error_is_one_plain_line(capsys):
+    assert command("inspect", "gone") == 2
+    assert capsys.readouterr().err == "portax: error: gone: there is no such checkpoint\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "kept"),
+    [
+        (("models",), "nothing was written; run the same command again"),
+        (("inspect", CHECKPOINT / "orbax"), "nothing was written; run the same command again"),
+        (("plan", "--model", "qwen3-8b", *ENGINE), "nothing was written; run the same command again"),
+        (
+            ("convert", CHECKPOINT / "orbax", "--config", CHECKPOINT / "hf_config.json", *ENGINE, "--out", "gone/x"),
+            f"what is whole is kept in {pathlib.Path('gone') / '.x.unfinished'}, and the same command goes on from",
+        ),
+        (("import", CHECKPOINT / "orbax", "--out", "x"), "nothing was written; run the same command again"),
+        (("diff", "a", "b"), "nothing was written; run the same command again"),
+        (("validate", CHECKPOINT, "--hub-config", "x"), "nothing was written; run the same command again"),
+        (("verify", SOURCE, "--golden", "x"), "nothing was written; run the same command again"),
+        (("verify", "--goldens", DENSE), "nothing was written; run the same command again"),
+        (("demo",), "nothing was written; run the same command again"),
+        (("doctor",), "nothing was written; run the same command again"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_every_command_can_be_interrupted(args, kept, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    for what in (
+        "models.families",
+        "inspect.arguments.named_config",
+        "plan.arguments.layout",
+        "convert.arguments.layout",
+        "import_.arguments.new_folder",
+        "diff.arguments.page",
+        "validate.arguments.hub_config",
+        "verify.devices.simulate",
+        "verify.Golden.load",
+    ):
+        monkeypatch.setattr(f"portax.cli.{what}", stop)
+    assert command(*args) == 130
+    assert capsys.readouterr().err.startswith(f"portax: interrupted; {kept}")
+
+
+def test_a_signal_ends_a_command_with_one_line():
+    code = "import portax.cli.models as m, os, signal; m.families = lambda: os.kill(os.getpid(), signal.SIGINT)"
+    code += "; from portax.cli.main import run; import sys; sys.argv = ['portax', 'models']; run()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "portax: interrupted; nothing was written; run the same command again\n"
+
+
+def test_who_reads_no_further_gets_no_traceback():
+    command = f"{sys.executable} -m portax models --json | true"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_help_shows_portaxs_own_options_alone(portax):
+    for args in (("--help",), ("plan", "--help")):
+        out = portax(*args)
+        assert "absl" not in out
+        assert "--verbosity" not in out
+    assert "unrecognized arguments: --helpfull" in portax("models", "--helpfull", code=2)
+
+
+def test_the_version(portax):
+    assert portax("--version") == f"portax {importlib.metadata.version('portax')}\n"
+
+
+def test_names_that_are_nearly_right(portax):
+    assert "did you mean qwen3-30b-a3b" in portax("plan", "--model", "qwen3-30b-a3", *ENGINE, code=2)
+    assert "did you mean gemma4-26b" in portax("plan", "--model", "Gemma4-26B", *ENGINE, code=2)
+    assert "did you mean qwen3-8b" in portax("demo", "--model", "qwen3-8", code=2)
+    assert "did you mean" not in portax("plan", "--model", "xyz", *ENGINE, code=2)
+
+
+@pytest.mark.parametrize(
+    ("args", "advice"),
+    [
+        (("--engine-version", "0.99", "--tp", "2"), "or pass --allow-untested to use the newest known layout"),
+        (("--tp", "2"), "name the version of the engine: --engine-version 0.32"),
+        (("--layout", "flax-nnx", *ENGINE, "--model", "gemma3-4b"), "Use --layout tpu-inference"),
+        ((*ENGINE, "--strict-dtype"), "Likely cause: --strict-dtype; without it"),
+    ],
+)
+def test_advice_is_for_people_at_a_shell(args, advice, capsys):
+    model = () if "--model" in args else ("--model", "qwen3-8b")
+    assert command("plan", *model, *args) in (1, 2)
+    told = capsys.readouterr().err
+    assert advice in told
+    assert not re.search(r"\w+=(True|False)|\w+\(\w+=|portax\.", told)
+
+
+def test_an_untested_engine_may_be_tried(portax):
+    args = ("plan", "--model", "qwen3-8b", "--engine-version", "0.99", "--tp", "2", "--allow-untested", "--json")
+    assert "version='0.99'" in json.loads(portax(*args))["layout"]
 
 
 @pytest.mark.parametrize(
@@ -225,9 +377,9 @@ def test_a_plan_with_problems_lists_them(portax):
         ((), "the following arguments are required: command"),
     ],
 )
-def test_unusable_commands(args, message, capsys, caplog):
+def test_unusable_commands(args, message, capsys):
     assert command(*args) == 2
-    assert message in capsys.readouterr().err + caplog.text
+    assert message in capsys.readouterr().err
 
 
 def test_importing_portax_imports_nothing_that_few_need():

@@ -25,7 +25,6 @@ from maxtext.utils import model_creation_utils
 
 import portax
 from portax.cli.main import main as portax_command
-from portax.cli.main import parse
 
 CHECKPOINTS = pathlib.Path(__file__).parents[1] / "checkpoints"
 TOLERANCE = 1e-4  # float32, summed in another order by another XLA
@@ -103,7 +102,7 @@ def check(folder):
         portax.export(converter, portax.open_checkpoint(folder / "orbax"), scratch / "hub", hub_config=hub)
         for form in ("--scanned", "--unscanned"):
             out = scratch / form
-            if portax_command(parse(["portax", "import", str(scratch / "hub"), form, "--out", str(out)])):
+            if portax_command(["import", str(scratch / "hub"), form, "--out", str(out)]):
                 return False
             path = str(out / "items")
             for way, model in loaded(config, path, form == "--scanned"):

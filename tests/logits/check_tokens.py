@@ -41,13 +41,12 @@ def report(name, done, expected, tolerance):
 def command(name, length, *prompt):
     """What `portax validate --json` prints."""
     from portax.cli.main import main as portax_command
-    from portax.cli.main import parse
 
     folder = CHECKPOINTS / name
     arguments = ["--config", folder / "maxtext_config.json", "--hub-config", folder / "hf_config.json"]
     arguments += [*prompt, "--max-new-tokens", length, "--json"]
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        code = portax_command(parse(["portax", "validate", *map(str, [folder / "orbax", *arguments])]))
+        code = portax_command(["validate", *map(str, [folder / "orbax", *arguments])])
     if code:
         raise SystemExit(f"{name}: portax validate ends with exit code {code}")
     return json.loads(out.getvalue())

@@ -1,11 +1,13 @@
 """Tables for people: how every one looks. rich is imported when the first one is made."""
 
 import io
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 
 def size(nbytes: int) -> str:
@@ -33,10 +35,28 @@ def new_table(*columns: str | tuple[str, str], title: str | None = None) -> "Tab
     return table
 
 
+def text_lines(lines: Iterable[str]) -> "Text":
+    """Lines as they are: not wrapped, and with nothing in them read as markup."""
+    from rich.text import Text
+
+    return Text("\n".join(lines), no_wrap=True, overflow="ignore")
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """A number of things: `1 leaf`, `2 leaves`.
+
+    Args:
+        count: How many.
+        one: What one of them is called.
+        many: What several are called; None for `one` with an s.
+    """
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
 def render(renderable: "RenderableType") -> str:
     """What a console would show, without colour, as wide as it needs to be."""
     from rich.console import Console
 
     out = io.StringIO()
-    Console(file=out, width=240, no_color=True).print(renderable)
+    Console(file=out, width=240, no_color=True).print(renderable, crop=False)
     return out.getvalue()

@@ -239,9 +239,9 @@ def _pair(leaves: Sequence[LeafDiff], state: str, *, tell: bool) -> tuple[_Card 
     found = [leaf.found for leaf in leaves if leaf.found is not None]
     if found:
         total = sum(found, Found())
-        told["found"] = total.to_json() | {"elements": sum(leaf.elements for leaf in leaves)}
+        told["found"] = total.to_dict() | {"elements": sum(leaf.elements for leaf in leaves)}
         if tell and total.different and len(leaves) > 1:
-            each = [leaf.to_json() for leaf in found]
+            each = [leaf.to_dict() for leaf in found]
             told["each"] = [[leaf["different"] for leaf in each], [_short(leaf["largest"]) for leaf in each]]
     return left, right
 

@@ -35,7 +35,7 @@ class Found:
         nans = (self.nans[0] + other.nans[0], self.nans[1] + other.nans[1])
         return Found(self.different + other.different, max(largest, default=None), nans)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The same for JSON, which knows no infinity: a largest difference that is infinite is the string `inf`."""
         endless = self.largest is not None and math.isinf(self.largest)
         return dataclasses.asdict(self) | {"largest": "inf" if endless else self.largest}

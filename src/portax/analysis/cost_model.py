@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from rich.console import Group, RenderableType
 
-from portax._text.tables import new_table, render, size
+from portax._text.report import Report
+from portax._text.tables import new_table, plural, size, text_lines
 from portax.converters.base import BaseConverter
 from portax.execution.byte_counts import byte_count
 from portax.execution.schedule import Job
@@ -66,7 +68,7 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class Estimate(Report):
     """Cost of one sync in place; bytes are of one device.
 
     Attributes:
@@ -109,7 +111,7 @@ class Estimate:
         wire = None if received is None else received / chip.wire_bandwidth
         return (self.source_bytes + self.output_bytes) / chip.memory_bandwidth, wire
 
-    def __str__(self) -> str:
+    def __rich__(self) -> RenderableType:
         columns = ("calls", "compile s", "written", "received", "temporaries")
         programs = new_table("program, per device and call", *((column, "right") for column in columns))
         for cost in self.costs:
@@ -128,12 +130,12 @@ class Estimate:
         lines = (
             f"trainer       {_axes(self.trainer)}",
             f"engines       {_axes(self.engine)}, on the same devices",
-            f"compile       {self.compile_seconds:.1f} s, {len(self.costs)} programs",
+            f"compile       {self.compile_seconds:.1f} s, {plural(len(self.costs), 'program')}",
             f"per device    {size(self.source_bytes)} of the trainer, {size(self.output_bytes)} of the engine, "
             f"peak {size(self.peak_bytes)}; {_or_unknown(self.received_bytes, size)} received",
             "at best, by the bandwidth that each chip's maker publishes:",
         )
-        return render(programs) + "\n".join(lines) + "\n" + render(chips).rstrip()
+        return Group(programs, text_lines(lines), chips)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON has it."""

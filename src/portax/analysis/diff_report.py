@@ -3,15 +3,16 @@
 import collections
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+from rich.console import Group, RenderableType
 
 from portax._text.names import fold, fold_key
-from portax._text.tables import new_table, render, size
+from portax._text.report import Report
+from portax._text.tables import new_table, plural, size, text_lines
 from portax.analysis.compare import Found
 
 
@@ -55,7 +56,7 @@ class LeafDiff:
 
 
 @dataclasses.dataclass(frozen=True)
-class Diff:
+class Diff(Report):
     """What differs between two checkpoints or states. `print(diff)` shows a table; `diff.to_json()` is for machines.
 
     Attributes:
@@ -87,7 +88,7 @@ class Diff:
         for kind, count in kinds.items():
             verb = "" if kind.startswith("only") else "differs in " if count == 1 else "differ in "
             parts.append(f"{count} {verb}{kind}")
-        return f"{len(self.leaves)} {'leaf' if len(self.leaves) == 1 else 'leaves'}: {', '.join(parts)}"
+        return f"{plural(len(self.leaves), 'leaf', 'leaves')}: {', '.join(parts)}"
 
     @property
     def reasons(self) -> list[str]:
@@ -97,7 +98,7 @@ class Diff:
             reasons.setdefault(why, []).append(name)
         return [f"{', '.join(fold(names))}: {why}" for why, names in reasons.items()]
 
-    def __str__(self) -> str:
+    def __rich__(self) -> RenderableType:
         right = ("elements differ", "largest", "NaNs in A", "NaNs in B")
         table = new_table(
             "leaf", ("count", "right"), "A", "B", "verdict", *((what, "right") for what in right if self.values)
@@ -107,31 +108,27 @@ class Diff:
             row = ["\n".join(fold(leaf.name for leaf in leaves)), str(len(leaves)), _kind(first.a), _kind(first.b)]
             table.add_row(*row, ", ".join(first.differences) or "equal", *(_numbers(leaves) if self.values else ()))
         lines = [f"A        {self.a}", f"B        {self.b}"]
-        reasons: dict[str, list[str]] = {}
-        for name, why in self.beside.items():
-            reasons.setdefault(why, []).append(name)
         if not any(leaf.a and leaf.b for leaf in self.leaves):
             lines.append(
                 "hint     no leaf is on both sides; a trainer's tree against the hub's tensors needs a converter"
             )
-        lines += [f"beside   {', '.join(fold(names))}: {why}" for why, names in reasons.items()]
-        return render(table) + "\n".join([*lines, f"verdict  {self.verdict}"])
+        lines += [f"beside   {reason}" for reason in self.reasons]
+        return Group(table, text_lines([*lines, f"verdict  {self.verdict}"]))
 
-    def to_json(self) -> str:
-        """All of the diff as one JSON object; a largest difference that is infinite is the string `inf`."""
+    def to_dict(self) -> dict[str, Any]:
+        """All of the diff, as JSON has it; a largest difference that is infinite is the string `inf`."""
         leaves = {
             leaf.name: {
                 "a": _spec_json(leaf.a),
                 "b": _spec_json(leaf.b),
                 "differences": leaf.differences,
                 "elements": leaf.elements,
-                **({} if leaf.found is None else leaf.found.to_json()),
+                **({} if leaf.found is None else leaf.found.to_dict()),
             }
             for leaf in self.leaves
         }
         sides = {"a": self.a, "b": self.b}
-        found = {"equal": self.equal, "values": self.values, **sides, "beside": dict(self.beside), "leaves": leaves}
-        return json.dumps(found, indent=1, allow_nan=False)
+        return {"equal": self.equal, "values": self.values, **sides, "beside": dict(self.beside), "leaves": leaves}
 
 
 def groups(leaves: Iterable[LeafDiff]) -> list[list[LeafDiff]]:
@@ -168,4 +165,4 @@ def described(what: str, leaves: Iterable[Any], others: int = 0) -> str:
     """What one side is, its size, and how many other values it holds, which are no parameters."""
     sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves]
     beside = f"; not compared: {others} that are no parameters" if others else ""
-    return f"{what}: {len(sizes)} leaves, {size(sum(sizes))}{beside}"
+    return f"{what}: {plural(len(sizes), 'leaf', 'leaves')}, {size(sum(sizes))}{beside}"

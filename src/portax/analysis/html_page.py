@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import importlib.resources
 import json
 import os
 import pathlib
@@ -9,7 +10,6 @@ import re
 
 from portax.analysis.cards import Picture
 from portax.checkpoints.file_io import PART, is_full, write_text
-from portax.config.shipped import page
 from portax.errors import ReportError
 
 _MARK = '<meta name="generator" content="portax">'
@@ -22,7 +22,7 @@ def render(picture: Picture) -> str:
     What it shows is data to it, whatever leaves are called: JSON without any character that HTML could read, put in
     place by text nodes, under a policy that allows the page's own script and nothing else.
     """
-    template = page()
+    template = importlib.resources.files("portax.analysis").joinpath("page.html").read_text()
     [script] = _SCRIPT.findall(template)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     data = json.dumps(picture, separators=(",", ":"), allow_nan=False)

@@ -1,13 +1,15 @@
 """What is in a checkpoint: its leaves, the family that they are of, and what each layout would make of them."""
 
 import collections
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 
 from portax._text.names import fold, fold_key
-from portax._text.tables import new_table, size
+from portax._text.report import Report
+from portax._text.tables import new_table, plural, size, text_lines
 from portax.analysis.identify import Match, identify
 from portax.checkpoints.reading import Checkpoint
 from portax.config.model_config import ModelConfig
@@ -20,7 +22,38 @@ _ENGINE = "0.32"
 _TENSOR_PARALLEL = (1, 2, 4, 8)
 
 
-def inspect(checkpoint: Checkpoint, shipped: Mapping[str, ModelConfig], config: ModelConfig | None) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Inspection(Report):
+    """All there is to say of a checkpoint.
+
+    Attributes:
+        found: What was found, as JSON has it.
+    """
+
+    found: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        return dict(self.found)
+
+    def __rich__(self) -> RenderableType:
+        found = self.found
+        scan = f"scanned on axis {found['scan_axis']}" if found["scanned"] else "unscanned"
+        others = ", ".join(f"{name} ({plural(count, 'leaf', 'leaves')})" for name, count in found["others"].items())
+        parameters = plural(found["leaves"], "leaf", "leaves")
+        lines = {
+            "checkpoint": f"{found['path']} ({found['form']})",
+            "root": found["root"] or "none",
+            "parameters": f"{parameters}, {size(found['bytes'])}, {', '.join(found['dtypes'])}",
+            "layers": f"{found['layers'] or 'unknown'}, {scan}",
+            "not read": others or "nothing",
+        }
+        text = [f"{name:<12}{value}" for name, value in lines.items()]
+        text += [line for match in found["families"] for line in _family_lines(match)]
+        return Group(tree_table(found["tree"]), text_lines(text), "", _layouts_table(found["layouts"]))
+
+
+def inspect(checkpoint: Checkpoint, shipped: Mapping[str, ModelConfig], config: ModelConfig | None) -> Inspection:
     """All there is to say of a checkpoint, from its metadata alone.
 
     Args:
@@ -33,7 +66,7 @@ def inspect(checkpoint: Checkpoint, shipped: Mapping[str, ModelConfig], config: 
     known = config or next((match.config for match in matches if match.config is not None), None)
     dtypes = collections.Counter(leaf.dtype.name for leaf in checkpoint.values())
     others = collections.Counter(path.partition("/")[0] for path in checkpoint.others)
-    return {
+    found = {
         "path": checkpoint.path,
         "form": checkpoint.form,
         "root": checkpoint.root + state.root,
@@ -49,6 +82,7 @@ def inspect(checkpoint: Checkpoint, shipped: Mapping[str, ModelConfig], config: 
             for path, leaf in checkpoint.items()
         },
     }
+    return Inspection(found)
 
 
 def _layers(matches: Sequence[Match], leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +121,10 @@ def _layout(name: str, layout: Layout, config: ModelConfig, checkpoint: Checkpoi
         plan = converter_for(config, layout=layout).plan(checkpoint)
     except PlanError as error:
         first = error.problems[0]
-        return {"layout": name, "problem": f"{len(error.problems)} problems, such as {first.leaf}: {first.found}"}
+        return {
+            "layout": name,
+            "problem": f"{plural(len(error.problems), 'problem')}, such as {first.leaf}: found {first.found}",
+        }
     except PortaxError as error:
         return {"layout": name, "problem": str(error)}
     return {
@@ -102,22 +139,6 @@ def _layout(name: str, layout: Layout, config: ModelConfig, checkpoint: Checkpoi
 def _chunk(leaf: Any) -> list[int] | None:
     chunk = getattr(leaf, "chunk", None)
     return None if chunk is None else list(chunk)
-
-
-def report(found: Mapping[str, Any]) -> RenderableType:
-    """The same for people."""
-    scan = f"scanned on axis {found['scan_axis']}" if found["scanned"] else "unscanned"
-    others = ", ".join(f"{name} ({count} leaves)" for name, count in found["others"].items())
-    lines = {
-        "checkpoint": f"{found['path']} ({found['form']})",
-        "root": found["root"] or "none",
-        "parameters": f"{found['leaves']} leaves, {size(found['bytes'])}, {', '.join(found['dtypes'])}",
-        "layers": f"{found['layers'] or 'unknown'}, {scan}",
-        "not read": others or "nothing",
-    }
-    text = [f"{name:<12}{value}" for name, value in lines.items()]
-    text += [line for match in found["families"] for line in _family_lines(match)]
-    return Group(tree_table(found["tree"]), *text, "", _layouts_table(found["layouts"]))
 
 
 def _family_lines(match: Mapping[str, Any]) -> Iterator[str]:

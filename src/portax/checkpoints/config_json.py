@@ -29,22 +29,16 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def told(hub_config: str | None, config: str | None) -> dict[str, Any] | None:
-    """The content of the hub's `config.json` among a command's arguments: the one named, or the model's configuration.
-
-    Args:
-        hub_config: `--hub-config`.
-        config: `--config`, which may be MaxText's.
+def is_hub_config(path: str | os.PathLike) -> bool:
+    """Whether a model's configuration is the hub's, and not the trainer's.
 
     Raises:
-        ConfigError: As for `read`.
+        ConfigError: It cannot be read, or is of a model that no converter knows.
     """
-    if hub_config is not None:
-        return read(hub_config)
-    if config is None or not config.endswith(".json"):
-        return None
-    ModelConfig.of(config)  # for its errors
-    return read(config) if "model_type" in json.loads(pathlib.Path(config).read_text()) else None
+    if pathlib.Path(path).suffix != ".json":
+        return False
+    ModelConfig.of(path)  # for its errors
+    return "model_type" in json.loads(pathlib.Path(path).read_text())
 
 
 def field(hub_config: Mapping[str, Any], name: str) -> Any:

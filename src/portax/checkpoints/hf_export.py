@@ -8,12 +8,14 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jaxtyping import Array, Shaped
 
-import portax
+from portax._text.report import Report
+from portax._text.tables import plural, size, text_lines
+from portax._text.version import portax_version
 from portax.checkpoints import config_json, vocab_chunks
 from portax.checkpoints.atomic_dir import atomic_dir, check_space, refuse_existing
 from portax.checkpoints.behind import Behind
@@ -27,12 +29,15 @@ from portax.execution.byte_counts import byte_count
 from portax.execution.schedule import jobs
 from portax.planning.plan import Entry, Plan
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 SHARD_BYTES = 5 * 10**9
 BUCKET_BYTES = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
-class Export:
+class Export(Report):
     """What an export did.
 
     Attributes:
@@ -50,6 +55,16 @@ class Export:
     resumed: int
     nbytes: int
     seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        return dataclasses.asdict(self)
+
+    def __rich__(self) -> "RenderableType":
+        kept = f", {self.resumed} of them from before" if self.resumed else ""
+        files = f"{plural(self.shards, 'file')}{kept}"
+        what = f"{plural(self.tensors, 'tensor')}, {size(self.nbytes)} in {files}, written to {self.folder}"
+        return text_lines([what, f"{self.seconds:.1f} s, {size(round(self.nbytes / self.seconds))}/s"])
 
 
 def export(
@@ -118,7 +133,7 @@ def _manifest(converter: BaseConverter, params: Any, plan: Plan, shards: tuple[S
     if not isinstance(params, Checkpoint):
         return None
     return {
-        "portax": portax.__version__,
+        "portax": portax_version(),
         "layout": repr(converter.layout),
         "converter": f"{type(converter).__module__}.{type(converter).__qualname__}",
         "module_prefix": converter.module_prefix,

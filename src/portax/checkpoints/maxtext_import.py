@@ -5,18 +5,23 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from portax._text.report import Report
+from portax._text.tables import plural, size, text_lines
 from portax.checkpoints.atomic_dir import atomic_dir, check_space, refuse_existing
 from portax.checkpoints.orbax_writer import ITEM, NewArray, Stores, chunk_shape, write_checkpoint
 from portax.converters.base import BaseConverter
 from portax.execution.inverse import Restoration
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 _ROOT = "params/params/"  # under which MaxText 0.2.5 writes parameters, and looks for them
 
 
 @dataclasses.dataclass(frozen=True)
-class Import:
+class Import(Report):
     """What an import did.
 
     Attributes:
@@ -32,6 +37,19 @@ class Import:
     leaves: int
     nbytes: int
     seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        return dataclasses.asdict(self)
+
+    def __rich__(self) -> "RenderableType":
+        return text_lines(
+            [
+                f"{plural(self.leaves, 'leaf', 'leaves')}, {size(self.nbytes)}, written to {self.folder}",
+                f"{self.seconds:.1f} s, {size(round(self.nbytes / self.seconds))}/s",
+                f"for MaxText: load_parameters_path={pathlib.Path(self.items).absolute()}",
+            ]
+        )
 
 
 def import_checkpoint(

@@ -1,6 +1,7 @@
 """`Checkpoint`: a trainer's parameters on disk, planned from their metadata, read as a conversion needs them."""
 
 import dataclasses
+import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -96,9 +97,22 @@ def _open(path: str, scratch: Scratch) -> OrbaxReader | SafetensorsReader:
             f"{path}: {pickled[0]} is a pickle, which can run code when it is read, and is refused; save the weights "
             "as safetensors"
         )
+    if local.suffix == ".json" and _is_dumped_tree(local):
+        raise CheckpointError(
+            f"{path}: is a dumped tree: names, shapes and dtypes of a model, and no values. What is made up for them "
+            "may check portax (plan, verify, doctor, demo), and must not pass for a model's weights"
+        )
     if local.is_file():
         raise CheckpointError(f"{path}: is neither an Orbax checkpoint's folder nor a .safetensors file")
     return OrbaxReader(str(local.absolute()), scratch)
+
+
+def _is_dumped_tree(path: pathlib.Path) -> bool:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"config", "params"} <= {*content}
 
 
 def _parameters(found: Mapping[str, Any]) -> tuple[str, dict[str, LazyArray], dict[str, Any]]:

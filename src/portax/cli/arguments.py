@@ -3,14 +3,15 @@
 import argparse
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from portax import layouts
 from portax.analysis import html_page
-from portax.cli import inputs
+from portax.checkpoints import config_json
+from portax.checkpoints.atomic_dir import refuse_existing
 from portax.config.model_config import ModelConfig
 from portax.config.shipped import config_path
 from portax.errors import ConfigError
@@ -27,12 +28,18 @@ _LAYOUTS: dict[str, type[layouts.Layout]] = {
 }
 
 
-def add_weights(parser: argparse.ArgumentParser) -> None:
-    """Adds the weights: a checkpoint or a tree."""
+def add_weights(parser: argparse.ArgumentParser, *, filled: bool = False) -> None:
+    """Adds the weights: a checkpoint or a tree.
+
+    Args:
+        parser: Where to add them.
+        filled: Whether a dumped tree will do, which has no values of its own.
+    """
     text = (
-        "an Orbax checkpoint (a folder or URL: its tree, its step, or a run with one step), a trainer's tree as "
-        ".safetensors by path, or a dumped tree's .json (filled with probe values)"
+        "an Orbax checkpoint (a folder or URL: its tree, its step, or a run with one step), or a trainer's tree as "
+        ".safetensors by path"
     )
+    text += "; or a dumped tree's .json, which is filled with probe values" if filled else ""
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=text)
     parser.add_argument("--tree", metavar="FILE", help="the same, as an option")
 
@@ -54,6 +61,8 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     """Adds the layout."""
     parser.add_argument("--layout", choices=_LAYOUTS, default="tpu-inference", help="how the engine holds weights")
     parser.add_argument("--engine-version", metavar="X.Y", help="version of tpu-inference; default: the installed one")
+    text = "take an engine newer than the known layouts to hold weights as the newest of them does"
+    parser.add_argument("--allow-untested", action="store_true", help=text)
     parser.add_argument("--tp", type=int, help="tensor-parallel size; required by tpu-inference and flax-nnx")
     parser.add_argument("--moe-backend", choices=("gmm_tp", "gmm_ep", "fused_moe"), default="gmm_tp")
     text = "attention data-parallel size of a tpu-inference with NEW_MODEL_DESIGN=1"
@@ -66,6 +75,17 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """Adds the folder that a command writes."""
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist")
     parser.add_argument("--dry-run", action="store_true", help="plan, check, show; write nothing")
+
+
+def new_folder(args: argparse.Namespace) -> pathlib.Path:
+    """The folder that a command writes.
+
+    Raises:
+        CheckpointError: There is something of this name.
+    """
+    out = pathlib.Path(args.out)
+    refuse_existing(out)
+    return out
 
 
 def add_compile(parser: argparse.ArgumentParser) -> None:
@@ -137,6 +157,19 @@ def named_config(args: argparse.Namespace) -> str | pathlib.Path | None:
     return args.config or (config_path(args.model) if args.model else None)
 
 
+def hub_config(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The content of the hub's `config.json` that was named: by --hub-config, or by --config, which may be MaxText's.
+
+    Raises:
+        ConfigError: The file cannot be read, or is none.
+    """
+    if args.hub_config is not None:
+        return config_json.read(args.hub_config)
+    if args.config is None or not config_json.is_hub_config(args.config):
+        return None
+    return config_json.read(args.config)
+
+
 def layout(args: argparse.Namespace) -> layouts.Layout:
     """The layout that was asked for.
 
@@ -150,7 +183,7 @@ def layout(args: argparse.Namespace) -> layouts.Layout:
         return kind(**options)
     if args.tp is None:
         raise ConfigError("--tp is required: a tensor-parallel size is never assumed")
-    options |= {"tp": args.tp, "moe_backend": args.moe_backend}
+    options |= {"tp": args.tp, "moe_backend": args.moe_backend, "allow_untested": args.allow_untested}
     if args.attention_dp is not None:
         if kind is not layouts.TpuInference:
             raise ConfigError(f"--attention-dp is for --layout tpu-inference, not for --layout {args.layout}")
@@ -161,14 +194,14 @@ def layout(args: argparse.Namespace) -> layouts.Layout:
 
 
 def weights_and_config(
-    args: argparse.Namespace, *, required: bool = True, scratch: pathlib.Path | None = None
+    args: argparse.Namespace, opened: Callable[..., tuple[Any, Any]], *, required: bool = True
 ) -> tuple[Mapping[str, Any] | None, ModelConfig]:
     """The weights, if any are named, and the configuration.
 
     Args:
         args: The parsed command.
+        opened: Opens the weights: one of `inputs`.
         required: Whether there must be weights.
-        scratch: As for `open_checkpoint`.
 
     Raises:
         ConfigError: There is no configuration, or it is not usable; or no weights where there must be.
@@ -179,7 +212,7 @@ def weights_and_config(
     named = args.checkpoint or args.tree
     if named is None and required:
         raise ConfigError("no weights: name a checkpoint or a tree")
-    params, carried = inputs.open_tree(named, scratch=scratch) if named else (None, None)
+    params, carried = opened(named, scratch=getattr(args, "scratch", None)) if named else (None, None)
     config = named_config(args) or carried
     if config is None:
         raise ConfigError("no configuration: pass --model or --config; these weights do not carry one")

@@ -1,26 +1,25 @@
 """`portax convert`: a checkpoint to an engine's or the hub's tensors on disk."""
 
 import argparse
-import dataclasses
-import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from portax._text.tables import size
+from rich.console import Group
+
+from portax._text.tables import plural, size, text_lines
 from portax.checkpoints import config_json
-from portax.checkpoints.atomic_dir import existing, free_space, refuse_existing, unfinished_folder
+from portax.checkpoints.atomic_dir import existing, free_space, unfinished_folder
 from portax.checkpoints.hf_export import BUCKET_BYTES, SHARD_BYTES, export
 from portax.checkpoints.safetensors_shards import make_shards
-from portax.cli import arguments
+from portax.cli import arguments, inputs, output
+from portax.cli.command import Command
 from portax.cli.progress import progress_bar
 from portax.config.to_hub import derive_hub_config
 from portax.converters import converter_for
 from portax.errors import ConfigError
 from portax.layouts import HuggingFace
 from portax.planning.plan import Plan
-
-_NO_CONFIG = "no config.json was written: pass the hub's, --hub-config"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -29,38 +28,29 @@ def add(parser: argparse.ArgumentParser) -> None:
     arguments.add_model(parser)
     arguments.add_layout(parser)
     arguments.add_output(parser)
-    parser.add_argument(
-        "--hub-config", metavar="FILE", help="the hub's config.json, to go with --layout hf; default: derived"
-    )
-    parser.add_argument(
-        "--shard-bytes", type=arguments.byte_count, default=SHARD_BYTES, metavar="N", help="most bytes in one file"
-    )
-    parser.add_argument(
-        "--bucket-bytes", type=arguments.byte_count, default=BUCKET_BYTES, metavar="N", help="bytes made at a time"
-    )
-    parser.add_argument(
-        "--scratch", metavar="DIR", help="folder for temporary files; default: the one that --out is in"
-    )
+    config = parser.add_mutually_exclusive_group()
+    text = "the hub's config.json, to go with --layout hf; default: derived"
+    config.add_argument("--hub-config", metavar="FILE", help=text)
+    config.add_argument("--no-hub-config", action="store_true", help="write the tensors alone, with no config.json")
+    count = arguments.byte_count
+    parser.add_argument("--shard-bytes", type=count, default=SHARD_BYTES, metavar="N", help="most bytes in one file")
+    parser.add_argument("--bucket-bytes", type=count, default=BUCKET_BYTES, metavar="N", help="bytes made at a time")
+    text = "folder for temporary files; default: the one that --out is in"
+    parser.add_argument("--scratch", metavar="DIR", help=text)
 
 
-def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:
-    """Carries out the command.
-
-    Args:
-        args: The parsed command.
-        show: Prints a text.
-    """
-    out = pathlib.Path(args.out)
-    refuse_existing(out)
-    layout = arguments.layout(args)
-    hub_config, reason = _hub_config(args, layout)
-    params, config = arguments.weights_and_config(args, scratch=pathlib.Path(args.scratch or existing(out)))
+def run(args: argparse.Namespace) -> int:
+    """Carries out the command."""
+    out, layout = arguments.new_folder(args), arguments.layout(args)
+    hub_config = _hub_config(args, layout)
+    args.scratch = args.scratch or str(existing(out))
+    params, config = arguments.weights_and_config(args, inputs.open_values)
     converter = converter_for(config, layout=layout, strict_dtype=args.strict_dtype)
     plan = converter.plan(params)
     if hub_config is not None:
         config_json.check(hub_config, converter, plan)
     if args.dry_run:
-        show(plan.to_json() if args.json else f"{plan}\n{_intent(args, out, plan)}")
+        output.either(args, plan.to_dict(), Group(plan, text_lines([_intent(args, out, plan)])))
         return 0
     with progress_bar(f"writing {out.name}") as report:
         done = export(
@@ -72,46 +62,47 @@ def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:
             bucket_bytes=args.bucket_bytes,
             progress=lambda done: report(done, plan.bytes_out),
         )
-    show(json.dumps(dataclasses.asdict(done)) if args.json else _summary(done, reason))
+    output.report(args, done)
     return 0
 
 
-def interrupted(args: argparse.Namespace) -> str:
-    """What to say when the command was interrupted."""
-    return (
-        f"interrupted; what is whole is kept in {unfinished_folder(args.out)}, and the same command goes on from there"
-    )
+def _interrupted(args: argparse.Namespace) -> str:
+    return f"what is whole is kept in {unfinished_folder(args.out)}, and the same command goes on from there"
 
 
-def _hub_config(args: argparse.Namespace, layout: Any) -> tuple[Mapping[str, Any] | None, str | None]:
-    """The hub's config, and why there is none."""
+def _hub_config(args: argparse.Namespace, layout: Any) -> Mapping[str, Any] | None:
+    """The `config.json` to write: the one named, or one that is derived; none for an engine's tensors.
+
+    Raises:
+        ConfigError: It can neither be read nor derived, and `--no-hub-config` was not given; or it is for no engine.
+    """
     if not isinstance(layout, HuggingFace):
-        if args.hub_config is not None:
-            raise ConfigError(f"--hub-config: a config.json goes with --layout hf, not with {layout}")
-        return None, None
-    if (told := config_json.told(args.hub_config, args.config)) is not None:
-        return told, None
+        if args.hub_config is not None or args.no_hub_config:
+            option = "--no-hub-config" if args.no_hub_config else "--hub-config"
+            raise ConfigError(f"{option}: a config.json goes with --layout hf, not with {layout}")
+        return None
+    if args.no_hub_config:
+        return None
+    if (named := arguments.hub_config(args)) is not None:
+        return named
+    ways = "pass the hub's, --hub-config, or --no-hub-config to write the tensors alone; nothing was written"
     if (config := arguments.named_config(args)) is None:
-        return None, f"{_NO_CONFIG}, or --model or --config, to derive it from"
+        raise ConfigError(f"no config.json for the hub: there is no --model or --config to derive it from; {ways}")
     try:
-        return derive_hub_config(config), None
+        return derive_hub_config(config)
     except ConfigError as error:
-        return None, f"{_NO_CONFIG}; {error}"
+        raise ConfigError(f"no config.json for the hub: {ways}. {error}") from error
 
 
 def _intent(args: argparse.Namespace, out: pathlib.Path, plan: Plan) -> str:
-    count, free = len(make_shards(plan.entries, args.shard_bytes)), free_space(out)
-    return f"would write   {size(plan.bytes_out)} in {_files(count)} to {out}; {size(free)} are free there"
+    files, free = plural(len(make_shards(plan.entries, args.shard_bytes)), "file"), free_space(out)
+    return f"would write   {size(plan.bytes_out)} in {files} to {out}; {size(free)} are free there"
 
 
-def _summary(done: Any, reason: str | None) -> str:
-    rate = size(round(done.nbytes / done.seconds))
-    kept = f", {done.resumed} of them from before" if done.resumed else ""
-    lines = [f"{done.tensors} tensors, {size(done.nbytes)} in {_files(done.shards)}{kept}, written to {done.folder}"]
-    lines += [f"{done.seconds:.1f} s, {rate}/s"]
-    lines += [reason] if reason else []
-    return "\n".join(lines)
-
-
-def _files(count: int) -> str:
-    return f"{count} file{'s' * (count != 1)}"
+COMMAND = Command(
+    "convert",
+    "Convert a checkpoint and write sharded safetensors; interrupted, the same command goes on.",
+    add,
+    run,
+    _interrupted,
+)

@@ -1,11 +1,11 @@
 """`portax diff`: two checkpoints, leaf by leaf."""
 
 import argparse
-from collections.abc import Callable
 
 from portax.analysis import cards, html_page
 from portax.analysis.diff import diff
-from portax.cli import arguments, inputs
+from portax.cli import arguments, inputs, output
+from portax.cli.command import Command
 from portax.cli.progress import progress_bar
 from portax.config.model_config import ModelConfig
 from portax.converters import converter_for
@@ -15,9 +15,8 @@ from portax.errors import CheckpointError, ConfigError, PlanError
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument(
-        "a", metavar="A", help="an Orbax checkpoint, safetensors (a file or a folder), or a dumped tree"
-    )
+    text = "an Orbax checkpoint, safetensors (a file or a folder) or, with --dry-run, a dumped tree"
+    parser.add_argument("a", metavar="A", help=text)
     parser.add_argument("b", metavar="B", help="the same")
     arguments.add_model(parser)
     arguments.add_layout(parser)
@@ -27,16 +26,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="compare names, shapes and dtypes; read no values")
 
 
-def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:
-    """Carries out the command.
-
-    Args:
-        args: The parsed command.
-        show: Prints a text.
-    """
+def run(args: argparse.Namespace) -> int:
+    """Carries out the command."""
     page = arguments.page(args)
     converter = _converter(args)
-    a, b = (inputs.open_tree(path, scratch=args.scratch)[0] for path in (args.a, args.b))
+    opened = inputs.open_shapes if args.dry_run else inputs.open_values
+    a, b = (opened(path, scratch=args.scratch)[0] for path in (args.a, args.b))
     try:
         with progress_bar("comparing") as report:
             found = diff(a, b, converter=converter, values=not args.dry_run, progress=report)
@@ -44,7 +39,7 @@ def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:
         raise CheckpointError(f"{args.a} and {args.b} cannot be compared: {error}") from error
     if page:
         html_page.write(page, cards.of_diff(found))
-    show(found.to_json() if args.json else str(found))
+    output.report(args, found)
     return 0 if found.equal else 1
 
 
@@ -54,3 +49,6 @@ def _converter(args: argparse.Namespace) -> BaseConverter | None:
     if (args.layout, args.dtype) != ("hf", None):
         raise ConfigError("--layout and --dtype are for a trainer's tree that is converted: add --model or --config")
     return None
+
+
+COMMAND = Command("diff", "Show what differs between two checkpoints, leaf by leaf.", add, run)

@@ -2,16 +2,16 @@
 
 import argparse
 import dataclasses
-import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Group
 
-from portax._text.tables import render
+from portax._text.tables import text_lines
 from portax.checkpoints import config_json
-from portax.cli import arguments
+from portax.cli import arguments, output
+from portax.cli.command import Command
 from portax.errors import ConfigError
 from portax.validation import session
 from portax.validation.coverage import coverage_table
@@ -34,13 +34,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="plan, check, show; load nothing, needs no engine")
 
 
-def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:
-    """Carries out the command.
-
-    Args:
-        args: The parsed command.
-        show: Prints a text.
-    """
+def run(args: argparse.Namespace) -> int:
+    """Carries out the command."""
     job = session.prepare(
         args.checkpoint,
         _hub_config(args),
@@ -51,12 +46,12 @@ def run(args: argparse.Namespace, show: Callable[[str], None]) -> int:
         scratch=args.scratch,
     )
     if args.dry_run:
-        show(_intent(job, args) if not args.json else json.dumps(_intent_json(job, args), indent=1))
+        output.either(args, _intent_json(job, args), _intent(job, args))
         return 0
     engine = _engine(args)
-    with Console(stderr=True).status(f"converting, loading {engine.name}, generating ..."):
+    with output.status(f"converting, loading {engine.name}, generating ..."):
         done = session.carry_out(job, engine)
-    show(done.to_json() if args.json else str(done))
+    output.report(args, done)
     return 0
 
 
@@ -68,7 +63,7 @@ def _tokens(text: str) -> tuple[int, ...]:
 
 
 def _hub_config(args: argparse.Namespace) -> Mapping[str, Any]:
-    found = config_json.told(args.hub_config, args.config)
+    found = arguments.hub_config(args)
     beside = pathlib.Path(args.checkpoint) / "config.json"
     if found is None and beside.is_file():
         found = config_json.read(beside)
@@ -87,12 +82,20 @@ def _engine(args: argparse.Namespace) -> session.Engine:
     return Transformers()
 
 
-def _intent(job: session.Job, args: argparse.Namespace) -> str:
+def _intent(job: session.Job, args: argparse.Namespace) -> Group:
     what = f"would generate up to {job.max_new_tokens} tokens with {args.engine}"
-    return render(coverage_table(job.coverage())) + "\n".join([session.prompt_line(job.prompt), what])
+    return Group(coverage_table(job.coverage()), text_lines([session.prompt_line(job.prompt), what]))
 
 
 def _intent_json(job: session.Job, args: argparse.Namespace) -> dict[str, Any]:
     rows = [dataclasses.asdict(row) for row in job.coverage()]
     prompt = {"prompt": job.prompt.tokens, "bos": job.prompt.bos}
     return {"engine": args.engine, **prompt, "max_new_tokens": job.max_new_tokens, "coverage": rows}
+
+
+COMMAND = Command(
+    "validate",
+    "Convert a checkpoint, load it into an engine, generate greedily: does the converted model talk?",
+    add,
+    run,
+)

@@ -1,11 +1,13 @@
-"""Files that ship with portax: model configurations, the demo's goldens, and the page that shows plans."""
+"""Files that ship with portax: model configurations, and what other wings have beside them."""
 
+import difflib
+import importlib.resources
 import pathlib
+from collections.abc import Iterable
 
 from portax.errors import ConfigError
 
-_PACKAGE = pathlib.Path(__file__).parents[1]
-_CHECKOUT = _PACKAGE.parents[1]
+_PACKAGE = pathlib.Path(str(importlib.resources.files("portax")))
 
 
 def config_path(model: str) -> pathlib.Path:
@@ -15,32 +17,33 @@ def config_path(model: str) -> pathlib.Path:
         model: MaxText's name of it, e.g. `qwen3-30b-a3b`.
 
     Raises:
-        ConfigError: No configuration of that name is shipped; the message lists those that are.
+        ConfigError: No configuration of that name is shipped; the message names the nearest, or lists all.
     """
     known = {path.stem: path for path in configs()}
     if model not in known:
-        raise ConfigError(f"no configuration is shipped for {model!r}; there are {', '.join(known)}")
+        raise ConfigError(f"no configuration is shipped for {model!r}; {nearest(model, known)}")
     return known[model]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is not known: those that are spelled much like it, and all that there are."""
+    known = [*known]
+    close = difflib.get_close_matches(name.lower(), known)
+    question = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{question}there are {', '.join(known)}"
 
 
 def configs() -> list[pathlib.Path]:
     """The shipped configurations."""
-    return sorted(_folder("configs", "configs").glob("*.yml"))
+    return sorted(package_folder("configs", "configs").glob("*.yml"))
 
 
-def demo_goldens() -> dict[str, pathlib.Path]:
-    """The demo's models: folder with `source.json` and engine goldens, by MaxText's name; scanned, if it can be."""
-    found = _folder("goldens", "tests/golden").glob("*/tpu-inference-0.32.0.tp2.json")
-    trees = sorted((golden.parent for golden in found), reverse=True)
-    return {path.name.rpartition(".")[0]: path for path in sorted(trees, key=lambda path: path.suffix == ".scan")}
+def package_folder(installed: str, checkout: str) -> pathlib.Path:
+    """A folder of files: a wheel carries them inside the package, an editable install finds them in the checkout.
 
-
-def page() -> str:
-    """The template of the page that shows a plan or a diff."""
-    return (_PACKAGE / "analysis" / "page.html").read_text()
-
-
-def _folder(installed: str, checkout: str) -> pathlib.Path:
-    """A wheel carries the files inside the package; an editable install finds them in the checkout."""
+    Args:
+        installed: Its path inside the package.
+        checkout: Its path inside the checkout.
+    """
     packaged = _PACKAGE / installed
-    return packaged if packaged.is_dir() else _CHECKOUT / checkout
+    return packaged if packaged.is_dir() else _PACKAGE.parents[1] / checkout

@@ -2,15 +2,19 @@
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.sharding import PartitionSpec
 
 from portax._text.names import fold, fold_key
-from portax._text.tables import new_table, render, size
+from portax._text.report import Report
+from portax._text.tables import new_table, size, text_lines
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 PROGRAMS_IN_FLIGHT = 2  # how many layers a conversion works on at a time, beside what is finished
 
@@ -44,7 +48,7 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Report):
     """A checked conversion. `print(plan)` shows a table; `plan.to_json()` is for machines.
 
     Attributes:
@@ -89,7 +93,9 @@ class Plan:
         """Engine leaves that repeat another leaf's values."""
         return {entry.name: entry.tied_to for entry in self.entries if entry.tied_to is not None}
 
-    def __str__(self) -> str:
+    def __rich__(self) -> "RenderableType":
+        from rich.console import Group
+
         table = new_table("engine leaf", ("count", "right"), "shape", "dtype", "spec", "from", ("bytes", "right"))
         for entries in _families(self.entries).values():
             first = entries[0]
@@ -114,10 +120,10 @@ class Plan:
             lines.append(f"ignored       {len(self.ignored)} variables of the trainer that are no parameters")
         if self.engine_owned:
             lines.append("engine-owned  " + ", ".join(fold(self.engine_owned)))
-        return render(table) + "\n".join(lines)
+        return Group(table, text_lines(lines))
 
-    def to_json(self) -> str:
-        """All of the plan as one JSON object."""
+    def to_dict(self) -> dict[str, Any]:
+        """All of the plan, as JSON has it."""
         entries = {
             entry.name: {
                 "shape": entry.shape,
@@ -132,7 +138,7 @@ class Plan:
         }
         totals = {"bytes_in": self.bytes_in, "bytes_out": self.bytes_out, "peak_bytes": self.peak_bytes}
         lists = {"ignored": self.ignored, "engine_owned": self.engine_owned}
-        return json.dumps({"layout": self.layout, **totals, **lists, "entries": entries}, indent=1)
+        return {"layout": self.layout, **totals, **lists, "entries": entries}
 
 
 def axes_of(cut: str | tuple[str, ...] | None) -> tuple[str, ...]:

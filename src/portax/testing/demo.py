@@ -1,6 +1,7 @@
 """The main job on shipped data: real MaxText trees, converted and held against the real engine's digests."""
 
 import dataclasses
+import pathlib
 import time
 from collections.abc import Iterator
 
@@ -8,17 +9,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from portax.config.shipped import demo_goldens
+from portax.config.shipped import nearest, package_folder
 from portax.converters import converter_for
 from portax.errors import ConfigError
 from portax.testing.doctor import Check, examine
 from portax.testing.golden import Comparison, Golden, Tree, compare
 
 DEVICES = 8
-_ENGINE = "tpu-inference-0.32.0"
-
-
 TENSOR_PARALLEL = (1, 2, 4, 8)
+_ENGINE = "tpu-inference-0.32.0"
 _USUAL = ("qwen3-0.6b", "qwen3-8b", "qwen3-30b-a3b", "gemma4-26b")
 
 
@@ -46,9 +45,16 @@ class Run:
         return not any(row.difference for row in self.rows)
 
 
+def goldens() -> dict[str, pathlib.Path]:
+    """Folders with `source.json` and engine goldens, by MaxText's name of the model; scanned, if it can be."""
+    found = package_folder("goldens", "tests/golden").glob(f"*/{_ENGINE}.tp2.json")
+    trees = sorted((golden.parent for golden in found), reverse=True)
+    return {path.name.rpartition(".")[0]: path for path in sorted(trees, key=lambda path: path.suffix == ".scan")}
+
+
 def all_models() -> list[str]:
     """MaxText's names of all shipped trees."""
-    return sorted(demo_goldens())
+    return sorted(goldens())
 
 
 def examination(model: str, tp: int) -> Iterator[Check]:
@@ -82,9 +88,9 @@ def examination(model: str, tp: int) -> Iterator[Check]:
 
 
 def _shipped(model: str, tp: int) -> tuple[Tree, Golden]:
-    known = demo_goldens()
+    known = goldens()
     if model not in known:
-        raise ConfigError(f"the demo has no tree of {model}; it has {', '.join(all_models())}")
+        raise ConfigError(f"the demo has no tree of {model!r}; {nearest(model, all_models())}")
     return Tree.load(known[model] / "source.json"), Golden.load(known[model] / f"{_ENGINE}.tp{tp}.json")
 
 

@@ -5,10 +5,12 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -17,8 +19,13 @@ from portax.layouts import FlaxNnx, HuggingFace, Layout, MaxTextVllm, TpuInferen
 from portax.testing.probe import probe
 from portax.testing.spread import edges, spread
 
-VALUES = {"probe": probe, "spread": spread, "edges": edges}
+PROBE = "probe"
+VALUES = {PROBE: probe, "spread": spread, "edges": edges}
 """What the parameters of a golden's tree are filled with, by the name in its file."""
+
+SOURCE_DTYPES = ("float32", "bfloat16")
+_HUB_VALUES = re.compile(r"hf\.(\w+)\.json$")
+_ENGINES: Mapping[str | None, type[Layout]] = {None: TpuInference, "flax_nnx": FlaxNnx}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +57,23 @@ class Tree:
             raise GoldenError(f"{path}: params is not a mapping of path to shape and dtype ({error!r})") from error
         return cls(content["config"], shapes)
 
-    def fill(self, values: str = "probe") -> dict[str, np.ndarray]:
+    def fill(self, values: str = PROBE, dtype: Any = None) -> dict[str, np.ndarray]:
         """Known values for every parameter, in host memory.
 
         Args:
-            values: Which: one of `VALUES`.
+            values: Which: one of `VALUES`, as the golden says.
+            dtype: Dtype of all of them; None for their own. Probe values are exact in bfloat16.
+
+        Raises:
+            GoldenError: There are no values of that name.
         """
+        if values not in VALUES:
+            raise GoldenError(f"values {values!r} are not known; known: {', '.join(VALUES)}")
         make = VALUES[values]
-        return {path: make(path, leaf.shape).astype(leaf.dtype) for path, leaf in self.shapes.items()}
+        return {
+            path: make(path, leaf.shape).astype(leaf.dtype if dtype is None else jnp.dtype(dtype))
+            for path, leaf in self.shapes.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +85,14 @@ class GoldenLeaf:
         dtype: Name of its dtype.
         spec: Its partitioning; None where the file does not tell.
         digest: First 16 hex digits of the sha256 of its bytes, in C order.
+        digest_bf16: The same of its values in bfloat16; None where the file does not tell.
     """
 
     shape: tuple[int, ...]
     dtype: str
     spec: PartitionSpec | None
     digest: str
+    digest_bf16: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,28 +103,63 @@ class Golden:
         layout: The layout that must reproduce it.
         leaves: The trainer-owned leaves.
         engine_owned: Names of the leaves that the engine fills itself.
+        values: Which values the tree had, as `Tree.fill` knows them.
     """
 
     layout: Layout
     leaves: Mapping[str, GoldenLeaf]
     engine_owned: tuple[str, ...]
+    values: str = PROBE
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Golden":
         """Reads an engine's golden (`tpu-inference-*.json`, `maxtext-vllm-*.json`) or a hub export's (`hf.json`).
 
         Raises:
-            GoldenError: The file is neither.
+            GoldenError: The file is neither, or of an engine that no layout reproduces.
         """
         content = _load(path)
         try:
             if "tensors" in content:
-                return cls(HuggingFace(), {name: _leaf(leaf) for name, leaf in content["tensors"].items()}, ())
-            leaves = content["leaves"]
-            trainer = {name: _leaf(leaf) for name, leaf in leaves.items() if leaf["owner"] == "trainer"}
-            return cls(_engine_layout(content), trainer, tuple(name for name in leaves if name not in trainer))
+                leaves = {name: _leaf(leaf) for name, leaf in content["tensors"].items()}
+                named = _HUB_VALUES.search(os.fspath(path))
+                return cls(HuggingFace(), leaves, (), named[1] if named else PROBE)
+            trainer = {name: _leaf(leaf) for name, leaf in content["leaves"].items() if leaf["owner"] == "trainer"}
+            engine = tuple(name for name in content["leaves"] if name not in trainer)
+            return cls(_engine_layout(content), trainer, engine, content.get("values", PROBE))
         except (AttributeError, KeyError, TypeError) as error:
             raise GoldenError(f"{path}: is not a golden file: {error!r}") from error
+        except GoldenError as error:
+            raise GoldenError(f"{path}: {error}") from error
+
+    def of_source(self, dtype: str) -> "Golden":
+        """What is to be made of the same tree in another dtype; the hub's tensors keep the trainer's.
+
+        Raises:
+            GoldenError: The file does not tell.
+        """
+        if dtype == "float32":
+            return self
+        if not isinstance(self.layout, HuggingFace):
+            if self.values != PROBE:
+                raise GoldenError(f"it tells what is made of float32: {self.values} values are not exact in {dtype}")
+            return self
+        if any(leaf.digest_bf16 is None for leaf in self.leaves.values()):
+            raise GoldenError("it has no digests of its tensors in bfloat16")
+        leaves = {
+            name: dataclasses.replace(leaf, dtype=dtype, digest=str(leaf.digest_bf16))
+            for name, leaf in self.leaves.items()
+        }
+        return dataclasses.replace(self, leaves=leaves)
+
+
+def is_golden(path: pathlib.Path) -> bool:
+    """Whether a `.json` is to be taken for a golden: it holds leaves or tensors, or cannot be read at all."""
+    try:
+        content = _load(path)
+    except GoldenError:
+        return True
+    return "leaves" in content or "tensors" in content
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,17 +209,20 @@ def _compare_leaf(name: str, leaf: Any, expected: GoldenLeaf) -> Comparison:
 
 
 def _engine_layout(content: Mapping[str, Any]) -> Layout:
+    if "setting" in content:
+        raise GoldenError(f"no layout reproduces weights quantised as {content['setting']}")
     if content.get("implementation") == "MaxTextForCausalLM":
         return _maxtext_layout(content)
+    kind = _ENGINES.get(content.get("implementation"))
+    if kind is None:
+        raise GoldenError(f"no layout reproduces an engine that runs {content['implementation']}")
     attention_dp = content["mesh"].get("attn_dp")
     options: dict[str, Any] = {
         "version": content["versions"]["tpu-inference"],
         "tp": content["mesh"]["model"] * (attention_dp or 1),
         "moe_backend": (content["moe_backend"] or "gmm_tp").lower(),
     }
-    if content.get("implementation") == "flax_nnx":
-        return FlaxNnx(**options)
-    return TpuInference(**options, attention_dp=attention_dp)
+    return kind(**options) if kind is FlaxNnx else TpuInference(**options, attention_dp=attention_dp)
 
 
 def _maxtext_layout(content: Mapping[str, Any]) -> MaxTextVllm:
@@ -184,7 +240,7 @@ def _leaf(row: Mapping[str, Any]) -> GoldenLeaf:
     spec = None
     if "spec" in row:
         spec = PartitionSpec(*(tuple(axis) if isinstance(axis, list) else axis for axis in row["spec"]))
-    return GoldenLeaf(tuple(row["shape"]), row["dtype"], spec, row["sha256"])
+    return GoldenLeaf(tuple(row["shape"]), row["dtype"], spec, row["sha256"], row.get("sha256_bf16"))
 
 
 def _load(path: str | os.PathLike, *keys: str) -> dict[str, Any]:

@@ -2,18 +2,17 @@
 
 import abc
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 
-from portax._text.tables import new_table, render
+from portax._text.report import Report
+from portax._text.tables import new_table, text_lines
 from portax._text.timing import timed
 from portax.checkpoints import config_json
-from portax.checkpoints.reading import Checkpoint
-from portax.cli.inputs import open_tree
+from portax.checkpoints.reading import Checkpoint, open_checkpoint
 from portax.converters import converter_for
 from portax.converters.base import BaseConverter
 from portax.errors import ValidationError
@@ -102,7 +101,7 @@ class Engine(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Validation:
+class Validation(Report):
     """A converted model that generated. Its `str` is a table.
 
     Attributes:
@@ -126,7 +125,7 @@ class Validation:
     seconds: Mapping[str, float]
     coverage: tuple[Coverage, ...]
 
-    def __str__(self) -> str:
+    def __rich__(self) -> RenderableType:
         phases = new_table("phase", ("seconds", "right"))
         for phase, seconds in self.seconds.items():
             phases.add_row(phase, f"{seconds:.3f}")
@@ -138,11 +137,11 @@ class Validation:
         ]
         if self.text is not None:
             lines.append(f"text       {self.text}")
-        return render(Group(coverage_table(self.coverage), phases)) + "\n".join(lines)
+        return Group(coverage_table(self.coverage), phases, text_lines(lines))
 
-    def to_json(self) -> str:
-        """All of it as one JSON object."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        return dataclasses.asdict(self)
 
 
 def validate(
@@ -210,11 +209,9 @@ def prepare(
         raise ValidationError("a prompt of text needs a tokenizer: give a folder that holds one, or token ids")
     seconds: dict[str, float] = {}
     with timed(seconds, "plan"):
-        carried = None
         if isinstance(checkpoint, str | os.PathLike):
-            checkpoint, carried = open_tree(checkpoint, scratch=scratch)
-        known = next(source for source in (config, carried, hub_config) if source is not None)
-        converter = converter_for(known, layout=HuggingFace())
+            checkpoint = open_checkpoint(checkpoint, scratch=scratch)
+        converter = converter_for(hub_config if config is None else config, layout=HuggingFace())
         plan = converter.plan(checkpoint)
         config_json.check(hub_config, converter, plan)
         reader: Any = None if tokenizer is None else read_tokenizer(tokenizer)
