@@ -86,6 +86,6 @@ def test_on_the_command_line(capsys):
         (("--layout", "hf", "--devices", 8), "--compile is for engines that spread weights over a mesh, and Hugging"),
     ],
 )
-def test_meshes_that_make_no_sense(arguments, match, caplog):
+def test_meshes_that_make_no_sense(arguments, match, capsys):
     assert command("plan", "--model", "qwen3-0.6b", "--compile", *arguments) == 2
-    assert match in caplog.text
+    assert match in capsys.readouterr().err

@@ -202,7 +202,7 @@ def main(*args):
     return command("diff", *args)
 
 
-def test_the_command(tmp_path, capsys, caplog, exported):
+def test_the_command(tmp_path, capsys, exported):
     hub = saved(exported, tmp_path / "model.safetensors")
     config = ("--config", QWEN3 / "maxtext_config.json")
     assert main(QWEN3 / "orbax", hub, *config) == 0
@@ -219,7 +219,7 @@ def test_the_command(tmp_path, capsys, caplog, exported):
     bad = ((hub, tmp_path / "none"), (hub, other, "--dtype", "bfloat16"), (QWEN3 / "orbax", hub, "--model", "qwen3-8b"))
     for args, text in zip(bad, ("there is no such checkpoint", "add --model", "cannot be compared"), strict=True):
         assert main(*args) == 2
-        assert text in caplog.text
+        assert text in capsys.readouterr().err
 
 
 def test_an_interrupted_command(tmp_path, monkeypatch):
@@ -231,9 +231,9 @@ def test_an_interrupted_command(tmp_path, monkeypatch):
     assert main(path, path) == 130
 
 
-def test_a_file_cut_short_is_no_difference(tmp_path, caplog):
+def test_a_file_cut_short_is_no_difference(tmp_path, capsys):
     path = saved({"x": ones(100)}, tmp_path / "a.safetensors")
     path.write_bytes(path.read_bytes()[:-40])
     whole = saved({"x": ones(100)}, tmp_path / "b.safetensors")
     assert main(path, whole) == 2
-    assert "cannot be read as safetensors" in caplog.text
+    assert "cannot be read as safetensors" in capsys.readouterr().err

@@ -59,10 +59,7 @@ def test_a_leaf_that_differs_is_named(folder, capsys):
         (lambda f: changed(f / TP2, values="unheard"), "values 'unheard' are not known; known: probe, spread, edges"),
         (lambda f: (f / TP2).write_text("{"), "cannot be read as JSON"),
         (lambda f: (f / "source.json").unlink(), "there is no source.json beside it"),
-        (
-            lambda f: changed(f / "source.json", config={"decoder_block": "mamba"}),
-            "decoder_block",
-        ),
+        (lambda f: changed(f / "source.json", config={"decoder_block": "mamba"}), "num_decoder_layers: missing"),
     ],
 )
 def test_what_is_not_supported_is_refused_and_says_why(folder, capsys, spoil, why):
