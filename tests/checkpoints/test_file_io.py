@@ -1,14 +1,15 @@
 """Writing around the page cache, and in a thread."""
 
 import errno
+import gc
 import os
 import threading
+import weakref
 
 import numpy as np
 import pytest
 
-from portax.checkpoints.behind import Behind
-from portax.checkpoints.direct_file import DirectFile
+from portax.checkpoints.file_io import DirectFile, consume_behind
 
 
 def written(path, sizes, seed=0):
@@ -97,23 +98,45 @@ def test_a_full_disk_is_not_taken_for_that(tmp_path, monkeypatch):
     file.close()
 
 
-def test_calls_run_in_order_beside_the_caller():
-    seen, go = [], threading.Event()
-    with Behind() as behind:
-        behind.run(lambda: (go.wait(10), seen.append(1)))
-        go.set()
-        behind.run(lambda: seen.append(2))
-    assert seen == [1, 2]
+def test_items_are_consumed_in_order_while_the_next_is_made():
+    seen, made = [], threading.Event()
+
+    def items():
+        yield 1
+        made.set()
+        yield 2
+
+    consume_behind(items(), lambda item: seen.append((item, made.wait(10))))
+    assert seen == [(1, True), (2, True)]
 
 
 def test_an_error_stops_what_would_come_after_it():
-    def fails():
+    seen = []
+
+    def consume(item):
+        seen.append(item)
         raise OSError("gone")
 
-    seen = []
-    with pytest.raises(OSError, match="gone"), Behind() as behind:  # noqa: PT012
-        behind.run(fails)
-        behind.run(lambda: seen.append(1))
-    assert seen == []
-    with pytest.raises(OSError, match="gone"), Behind() as behind:
-        behind.run(fails)
+    with pytest.raises(OSError, match="gone"):
+        consume_behind(range(3), consume)
+    assert seen == [0]
+    with pytest.raises(OSError, match="gone"):
+        consume_behind([1], consume)
+
+
+def test_an_item_is_gone_before_the_next_but_one_is_made():
+    class Item:
+        pass
+
+    alive = weakref.WeakSet()
+
+    def items():
+        for _ in range(4):
+            gc.collect()
+            assert len(alive) <= 1
+            item = Item()
+            alive.add(item)
+            yield item
+            del item
+
+    consume_behind(items(), lambda item: None)

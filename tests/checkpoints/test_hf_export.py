@@ -252,6 +252,16 @@ def test_a_config_of_another_model(converter, out):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("name", ["quantization_config", "compression_config"])
+def test_tensors_that_are_not_quantised_get_no_config_that_says_so(converter, out, name):
+    message = rf"says {name} \(fp8\), and the tensors are not quantised: they are in float32, .* Take {name} out"
+    with pytest.raises(portax.ConfigError, match=message):
+        portax.export(converter, opened(), out, hub_config={**HUB_CONFIG, name: {"quant_method": "fp8"}})
+    with pytest.raises(portax.ConfigError, match=f"says {name}, and"):
+        portax.export(converter, opened(), out, hub_config={**HUB_CONFIG, "text_config": {name: {"bits": 8}}})
+    assert not out.exists()
+
+
 def test_a_checkpoint_that_breaks_off_leaves_nothing_that_looks_whole(converter, out, tmp_path):
     shutil.copytree(QWEN3 / "orbax", tmp_path / "copy")
     (tmp_path / "copy/base.decoder.layers.mlp.wo.kernel.value/0.0.0").unlink()

@@ -379,7 +379,7 @@ def test_an_index_that_leads_out_of_its_folder(sharded, file):
         (b"[]", "holds no weight_map"),
         (b"{", "cannot be read as JSON"),
         (b'{"weight_map": {"w": "a.safetensors"}}', "the index and the file differ over base/"),
-        (b'{"weight_map": {"w": "gone.safetensors"}}', "gone.safetensors: cannot be read as safetensors"),
+        (b'{"weight_map": {"w": "gone.safetensors"}}', "gone.safetensors: missing, 1 of 1 files that"),
     ],
 )
 def test_an_index_that_is_wrong(sharded, content, message):
@@ -393,12 +393,69 @@ def test_an_index_that_is_wrong(sharded, content, message):
     [
         (10**15).to_bytes(8, "little") + b"{}",  # a header of a petabyte
         (2**64 - 1).to_bytes(8, "little") + b"{}",
-        (2).to_bytes(8, "little") + b"{",
-        b"",
-        (60).to_bytes(8, "little") + b'{"w":{"dtype":"F32","shape":[99],"data_offsets":[0,396]}}   ',  # no data
+        (2).to_bytes(8, "little") + b"[]",
     ],
 )
 def test_a_safetensors_header_that_cannot_be(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(portax.CheckpointError, match="cannot be read as safetensors"):
         portax.open_checkpoint(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "0 bytes are there, of at least 8"),
+        ((2).to_bytes(8, "little") + b"{", "9 bytes are there, of at least 10"),
+        (
+            (60).to_bytes(8, "little") + b'{"w":{"dtype":"F32","shape":[99],"data_offsets":[0,396]}}   ',
+            "68 bytes are there, of 464",
+        ),
+    ],
+)
+def test_a_file_that_was_not_downloaded_to_its_end(tmp_path, content, found):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(
+        portax.CheckpointError, match=rf"x\.safetensors: is cut short: {found}\. Likely cause: it was not"
+    ):
+        portax.open_checkpoint(tmp_path / "x.safetensors")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 3945441440\n"
+
+
+@pytest.mark.parametrize("file", ["a.safetensors", "model.safetensors.index.json"])
+def test_a_pointer_of_git_lfs_is_not_the_file(sharded, file):
+    (sharded / file).write_bytes(POINTER)
+    with pytest.raises(portax.CheckpointError, match=rf"{file}: is a Git LFS pointer, .* git lfs pull"):
+        portax.open_checkpoint(sharded)
+
+
+def test_shards_that_are_missing_are_named(sharded):
+    names = [f"model-{i:05}-of-00007.safetensors" for i in range(1, 8)]
+    index = {f"w{i}": name for i, name in enumerate(names)} | {"a": "a.safetensors"}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    message = rf"{names[0]}, .*{names[4]} \.\.\.: missing, 7 of 8 files .* not downloaded to its end"
+    with pytest.raises(portax.CheckpointError, match=message):
+        portax.open_checkpoint(sharded)
+
+
+def test_an_index_of_nothing(sharded):
+    (sharded / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(portax.CheckpointError, match=r"index\.json: names no tensors"):
+        portax.open_checkpoint(sharded)
+
+
+@pytest.mark.parametrize(
+    ("url", "package", "message"),
+    [
+        ("gs://run/1000/items", "gcsfs", r"gs:// needs a package .*: pip install 'portax\[gcs\]'"),
+        ("s3://run/1000/items", "s3fs", r"s3:// needs a package .*: pip install 'portax\[s3\]'"),
+        ("ftp://run/1000/items", "gcsfs", r"ftp:// is no place that Orbax reads from"),
+    ],
+)
+def test_a_cloud_without_its_package(monkeypatch, url, package, message):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(portax.CheckpointError, match=message):
+        portax.open_checkpoint(url)

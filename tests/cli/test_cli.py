@@ -199,6 +199,20 @@ def test_inspect_names_the_family(capsys):
     assert {row["layout"]: row.get("bytes") for row in found["layouts"]}["hf"] == found["bytes"] == 756992
 
 
+def test_inspect_says_why_no_layout_can_be_planned(portax, tmp_path):
+    safetensors.numpy.save_file(dict(filled("qwen3-next-80b-a3b.scan")), tmp_path / "next.safetensors")
+    rows = json.loads(portax("inspect", tmp_path / "next.safetensors", "--json"))["layouts"]
+    assert len(rows) == 10
+    why = "the factors of gdn_key_dim=64: not told by the leaves; pass --model or --config"
+    assert {row["problem"] for row in rows} == {why}
+    assert f"not told    {why.replace(' not told by the leaves;', '')}" in portax(
+        "inspect", tmp_path / "next.safetensors"
+    )
+    (tmp_path / "model.yml").write_text(json.dumps(dict(tree("qwen3-next-80b-a3b.scan").config)))
+    known = portax("inspect", tmp_path / "next.safetensors", "--config", tmp_path / "model.yml", "--json")
+    assert {row["layout"]: row.get("bytes") for row in json.loads(known)["layouts"]}["hf"] == json.loads(known)["bytes"]
+
+
 def test_a_plan_of_a_checkpoint(capsys):
     assert command("plan", CHECKPOINT / "orbax", "--config", CHECKPOINT / "maxtext_config.json", *ENGINE) == 0
     assert "from" in capsys.readouterr().out

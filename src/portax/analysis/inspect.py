@@ -76,7 +76,10 @@ def inspect(checkpoint: Checkpoint, shipped: Mapping[str, ModelConfig], config: 
         "others": dict(others),
         **_layers(matches, state.leaves),
         "families": [_match(match, shipped) for match in matches],
-        "layouts": [] if known is None else [_layout(*named, known, checkpoint) for named in _layouts().items()],
+        "layouts": [
+            _layout(name, layout, known, checkpoint) if known else {"layout": name, "problem": _unknown(matches)}
+            for name, layout in _layouts().items()
+        ],
         "tree": {
             path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "bytes": leaf.nbytes, "chunk": _chunk(leaf)}
             for path, leaf in checkpoint.items()
@@ -116,6 +119,19 @@ def _layouts() -> dict[str, Layout]:
     return {"hf": HuggingFace(), "canonical": Canonical(), **torchax, **native}
 
 
+def _unknown(matches: Sequence[Match]) -> str:
+    """Why no layout can be planned."""
+    fits = next((match for match in matches if not match.odd), None)
+    if fits is None:
+        return "no family fits these leaves"
+    return f"{', '.join(_untold(fits.untold, fits.sizes))}: not told by the leaves; pass --model or --config"
+
+
+def _untold(names: Sequence[str], sizes: Mapping[str, int]) -> list[str]:
+    """What the leaves do not tell; of some sizes they tell the product alone."""
+    return [f"the factors of {name}={sizes[name]}" if name in sizes else name for name in names]
+
+
 def _layout(name: str, layout: Layout, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         plan = converter_for(config, layout=layout).plan(checkpoint)
@@ -152,7 +168,8 @@ def _family_lines(match: Mapping[str, Any]) -> Iterator[str]:
     if match["same_sizes_as"]:
         yield f"{'':<12}as {', '.join(match['same_sizes_as'])}"
     if match["not_told"]:
-        yield f"{'not told':<12}{', '.join(match['not_told'])}: pass --model or --config for what layouts need"
+        untold = ", ".join(_untold(match["not_told"], match["sizes"]))
+        yield f"{'not told':<12}{untold}: pass --model or --config for what layouts need"
 
 
 def tree_table(tree: Mapping[str, Mapping[str, Any]]) -> RenderableType:

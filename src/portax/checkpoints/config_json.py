@@ -15,6 +15,8 @@ from portax.converters.base import BaseConverter
 from portax.errors import ConfigError
 from portax.planning.plan import Plan
 
+_QUANTIZATION = ("quantization_config", "compression_config")  # what loaders go by
+
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
     """The content of a hub's `config.json`.
@@ -58,6 +60,7 @@ def in_folder(hub_config: Mapping[str, Any], plan: Plan) -> Iterator[pathlib.Pat
 
 def check(hub_config: Mapping[str, Any], converter: BaseConverter, plan: Plan) -> None:
     """Raises a `ConfigError` unless a hub's `config.json` asks for exactly the tensors that are planned."""
+    _check_quantization(hub_config, plan)
     read_off = ModelConfig.of(hub_config)
     if read_off.decoder_block not in converter.decoder_blocks:
         raise ConfigError(
@@ -74,6 +77,20 @@ def check(hub_config: Mapping[str, Any], converter: BaseConverter, plan: Plan) -
             f"the hub config is of another model: {len(odd)} tensors differ, such as {odd[0]}, for which it has "
             f"{has[0]} and the plan {has[1]}"
         )
+
+
+def _check_quantization(hub_config: Mapping[str, Any], plan: Plan) -> None:
+    named = next((name for name in _QUANTIZATION if field(hub_config, name) is not None), None)
+    if named is None or any(entry.dtype.itemsize == 1 for entry in plan.entries):
+        return
+    method = field(hub_config, named)
+    what = f" ({method['quant_method']})" if isinstance(method, Mapping) and "quant_method" in method else ""
+    dtypes = ", ".join(sorted({entry.dtype.name for entry in plan.entries}))
+    raise ConfigError(
+        f"the hub config says {named}{what}, and the tensors are not quantised: they are in {dtypes}, and a loader "
+        f"would take them for quantised ones. Take {named} out of the config.json, or pass that of the model before "
+        "it was quantised"
+    )
 
 
 def with_dtype(hub_config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """`export`: a converted model on disk, as sharded safetensors that transformers and every engine load."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -18,8 +17,7 @@ from portax._text.tables import plural, size, text_lines
 from portax._text.version import portax_version
 from portax.checkpoints import config_json, vocab_chunks
 from portax.checkpoints.atomic_dir import atomic_dir, check_space, refuse_existing
-from portax.checkpoints.behind import Behind
-from portax.checkpoints.file_io import write_text
+from portax.checkpoints.file_io import consume_behind, write_text
 from portax.checkpoints.reading import Checkpoint
 from portax.checkpoints.safetensors_reader import INDEX
 from portax.checkpoints.safetensors_shards import Shard, index, make_shards
@@ -119,7 +117,8 @@ def export(
         check_space(unfinished, sum(shard.nbytes for shard in todo))
         report(sum(shard.tensor_bytes for shard in shards if shard not in todo))
         with ShardWriter(unfinished, todo, report) as writer:
-            _write(writer, work.parts({name for shard in todo for name in shard.offsets}))
+            parts = work.parts({name for shard in todo for name in shard.offsets})
+            consume_behind(parts, lambda bucket: writer.write(jax.device_get(bucket)))
         write_text(unfinished / INDEX, index(shards))
         if hub_config is not None:
             write_text(
@@ -172,15 +171,3 @@ class _Work:
                 yield {(entry.name, first * entry.nbytes // entry.shape[0]): piece}
             for source in entry.sources:
                 self._conversion.state.rooted[source].release()
-
-
-def _write(writer: ShardWriter, parts: Iterator[dict[Part, Shaped[Array, "..."]]]) -> None:
-    """Writes one bucket while the next one is read and converted."""
-
-    def write(bucket: dict[Part, Shaped[Array, "..."]]) -> None:
-        writer.write(jax.device_get(bucket))
-
-    with Behind() as behind:
-        for bucket in parts:
-            behind.run(functools.partial(write, bucket))
-            del bucket

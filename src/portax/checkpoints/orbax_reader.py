@@ -17,6 +17,7 @@ from portax.trainer.lazy_array import LazyArray, empty
 
 _METADATA = "_METADATA"  # what Orbax writes beside the leaves of every tree
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what it has not finished
+_CLOUDS = {"gs": "gcs", "s3": "s3"}  # portax's extra with what each scheme needs
 _USUAL_ITEMS = ("items", "default")  # MaxText's, and what Orbax takes where none is named
 
 
@@ -110,7 +111,7 @@ class OrbaxReader:
             CheckpointError: There is no complete checkpoint there, or Orbax is not installed.
         """
         ocp = import_orbax("orbax.checkpoint")
-        folder = _tree_folder(import_orbax("etils.epath").Path(path))
+        folder = _found(path)
         self.path = str(folder)
         try:
             metadata = ocp.PyTreeCheckpointHandler().metadata(folder)
@@ -150,6 +151,25 @@ def import_orbax(module: str) -> types.ModuleType:
         raise CheckpointError(
             f"an Orbax checkpoint needs {module}, which is not installed: pip install 'portax[orbax]'"
         ) from error
+
+
+def _found(path: str) -> Any:
+    """The folder of the tree, wherever it is: on disk, or in a cloud whose package is installed."""
+    epath = import_orbax("etils.epath")
+    scheme = path.partition("://")[0] if "://" in path else None
+    try:
+        return _tree_folder(epath.Path(path))
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"{path}: {scheme}:// is no place that Orbax reads from; gs:// and s3:// are") from error
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: {scheme}:// needs a package that is not installed ({error.name or first_line(error)}): pip "
+            f"install 'portax[{_CLOUDS.get(str(scheme), 'orbax')}]'"
+        ) from error
+    except Exception as error:  # whatever a cloud, or the way to it, makes of it
+        raise CheckpointError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def _tree_folder(path: Any) -> Any:

@@ -24,8 +24,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from portax._text.tables import size
-from portax.checkpoints.behind import Behind
-from portax.checkpoints.file_io import is_full, read_at, write_at
+from portax.checkpoints.file_io import consume_behind, is_full, read_at, write_at
 from portax.errors import CheckpointError
 from portax.trainer.lazy_array import empty, pieces
 
@@ -76,11 +75,7 @@ class Scratch:
         with self._spacious(math.prod(store.shape) * dtype.itemsize):
             file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - lives as long as what is read
             unstacked = Unstacked(file, scan, layer, dtype, tuple(pieces(layer, piece, most)))
-            with Behind() as behind:
-                for number, values in _read(store, unstacked.slabs, axes):
-                    layers = np.moveaxis(values, axes, range(len(axes)))
-                    behind.run(functools.partial(unstacked.write, number, layers))
-                    del values, layers
+            consume_behind(_read(store, unstacked.slabs, axes), lambda read: unstacked.write(*read))
         return unstacked
 
     @contextlib.contextmanager
@@ -176,15 +171,17 @@ def _within(these: Iterable[slice], those: Iterable[slice]) -> tuple[slice, ...]
 
 
 def _read(store: Store, slabs: Iterable[_Slab], axes: tuple[int, ...]) -> Iterator[tuple[int, np.ndarray]]:
-    """Reads slabs of all layers, the next one while the last one is in work."""
+    """Reads slabs of all layers, scan axes first; the next one while the last one is in work."""
     reading: collections.deque[tuple[int, Any]] = collections.deque()
     for number, slab in enumerate(slabs):
         rest = iter(slab)
         at = tuple(slice(None) if axis in axes else next(rest) for axis in range(len(store.shape)))
         reading.append((number, store[at].read()))
         if len(reading) == _READS_IN_FLIGHT:
-            ready, future = reading.popleft()
-            yield ready, future.result()
+            yield _layers_first(*reading.popleft(), axes)
     while reading:
-        ready, future = reading.popleft()
-        yield ready, future.result()
+        yield _layers_first(*reading.popleft(), axes)
+
+
+def _layers_first(number: int, future: Any, axes: tuple[int, ...]) -> tuple[int, np.ndarray]:
+    return number, np.moveaxis(future.result(), axes, range(len(axes)))

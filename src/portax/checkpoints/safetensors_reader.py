@@ -17,6 +17,8 @@ from portax.errors import CheckpointError
 from portax.trainer.lazy_array import LazyArray
 
 INDEX = "model.safetensors.index.json"
+_LFS_POINTER = b"version https://git-lfs"
+_MOST_HEADER_BYTES = 10**8  # as safetensors itself has it
 _SHARD = re.compile(r"-of-(\d+)\.safetensors$")
 CODES = {
     np.dtype(dtype): code
@@ -128,6 +130,9 @@ def _files(path: pathlib.Path) -> Mapping[pathlib.Path, Collection[str] | None]:
             what = "an index names .safetensors files of its own folder"
             raise CheckpointError(f"{path / INDEX}: {file!r} is no such file's name: {what}")
         files.setdefault(path / file, set()).add(name)
+    if not files:
+        raise CheckpointError(f"{path / INDEX}: names no tensors")
+    _refuse_missing(path, files)
     return files
 
 
@@ -135,15 +140,53 @@ def _weight_map(index: pathlib.Path) -> Mapping[str, str]:
     try:
         content = json.loads(index.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{index}: cannot be read as JSON ({error})") from error
+        what = _what_is_wrong(index) or f"cannot be read as JSON ({error})"
+        raise CheckpointError(f"{index}: {what}") from error
     found = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise CheckpointError(f"{index}: holds no weight_map from names of tensors to files")
     return found
 
 
+def _refuse_missing(folder: pathlib.Path, files: Collection[pathlib.Path]) -> None:
+    missing = sorted(file.name for file in files if not file.exists())
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}: missing, {len(missing)} of "
+            f"{len(files)} files that {INDEX} names. Likely cause: the checkpoint was not downloaded to its end"
+        )
+
+
 def _opened(path: pathlib.Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="numpy")
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
+        what = _what_is_wrong(path) or f"cannot be read as safetensors ({error})"
+        raise CheckpointError(f"{path}: {what}") from error
+
+
+def _what_is_wrong(path: pathlib.Path) -> str | None:
+    """The usual reasons why a file that is there cannot be read; None if it is another one."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+            if start == _LFS_POINTER:
+                return "is a Git LFS pointer, a text in place of the file; fetch the file itself: git lfs pull"
+            file.seek(0)
+            nbytes = path.stat().st_size
+            header = int.from_bytes(file.read(8), "little")
+            if path.suffix != ".safetensors" or header > _MOST_HEADER_BYTES:
+                return None
+            whole = 8 + header
+            if nbytes >= whole:
+                tensors = json.loads(file.read(header))
+                whole += max((tensor["data_offsets"][1] for tensor in tensors.values() if "dtype" in tensor), default=0)
+    except (OSError, ValueError, AttributeError, LookupError, TypeError):
+        return None
+    if nbytes >= whole:
+        return None
+    least = "" if nbytes >= 8 + header else "at least "
+    return (
+        f"is cut short: {nbytes} bytes are there, of {least}{whole}. Likely cause: it was not downloaded or copied to "
+        "its end"
+    )

@@ -6,8 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from portax.checkpoints.direct_file import DirectFile
-from portax.checkpoints.file_io import PART
+from portax.checkpoints.file_io import PART, DirectFile
 from portax.checkpoints.safetensors_shards import Shard
 
 Part: TypeAlias = tuple[str, int]  # a tensor's name, and the byte of it that this part begins at
