@@ -5,7 +5,6 @@ syncs, or lost ones. So every array is marked with the attempt that made it, in 
 """
 
 import dataclasses
-import functools
 import itertools
 import threading
 import weakref
@@ -44,8 +43,9 @@ class _Marks:
     """Marks by array. Arrays have no hash, so they are known by identity, for as long as they live."""
 
     def __init__(self):
-        self._lock = threading.RLock()  # a collection of garbage may come in between, on the same thread
+        self._lock = threading.Lock()
         self._held: dict[int, tuple[weakref.ref, _Mark]] = {}
+        self._most = 1024
 
     def __getitem__(self, array: Any) -> _Mark | None:
         alive, mark = self._held.get(id(array), (None, None))
@@ -53,12 +53,10 @@ class _Marks:
 
     def __setitem__(self, array: jax.Array, mark: _Mark) -> None:
         with self._lock:
-            self._held[id(array)] = weakref.ref(array, functools.partial(self._forget, id(array))), mark
-
-    def _forget(self, key: int, alive: weakref.ref) -> None:
-        with self._lock:
-            if key in self._held and self._held[key][0] is alive:
-                del self._held[key]
+            if len(self._held) >= self._most:
+                self._held = {key: held for key, held in self._held.items() if held[0]() is not None}
+                self._most = 1024 + 2 * len(self._held)
+            self._held[id(array)] = weakref.ref(array), mark
 
 
 _marks = _Marks()

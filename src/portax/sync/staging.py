@@ -58,7 +58,7 @@ class Staging:
 
         It follows from the configuration and the layout alone, so two processes that build it get the same.
         """
-        entries = self._converter.plan(self._converter.expected_tree()).entries
+        plan = self._converter.plan(self._converter.expected_tree()) if self._sync is None else self._sync.plan
         return [
             {
                 "name": entry.name,
@@ -67,5 +67,5 @@ class Staging:
                 "spec": list(entry.spec),
                 "bytes": entry.nbytes,
             }
-            for entry in sorted(entries, key=lambda entry: entry.name)
+            for entry in sorted(plan.entries, key=lambda entry: entry.name)
         ]

@@ -32,7 +32,7 @@ class WeightSync:
         plan: What every sync writes, and what the engine fills itself.
 
     Example:
-        >>> sync = portax.WeightSync(converter, runner.state)
+        >>> sync = portax.WeightSync(converter, lambda: tpu_inference.engine_state(llm))
         >>> report = sync(params)
     """
 
