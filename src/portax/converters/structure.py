@@ -135,3 +135,13 @@ def axes_of(path: str, dimensions: int) -> _Axes | None:
         if len(axes) == dimensions and re.fullmatch(pattern, path):
             return axes
     return None
+
+
+def is_known(path: str, dimensions: int) -> bool:
+    """Whether a rule says how a leaf is cut.
+
+    Args:
+        path: As for `axes_of`.
+        dimensions: As for `axes_of`.
+    """
+    return axes_of(path, dimensions) is not None or _EXPERT_KERNEL.fullmatch(path) is not None

@@ -1,4 +1,4 @@
-"""A live vLLM engine on tpu-inference: what it holds, on torchax or as a native JAX model, and how to write into it.
+"""A live vLLM engine on tpu-inference: what it holds, on torchax, as a native or MaxText's JAX model; how to write it.
 
 Everything is read off the engine; nothing is asked twice. Measured on vllm-tpu and tpu-inference 0.32.0.
 """
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from portax._text.names import fold
 from portax.converters import converter_for
 from portax.errors import LayoutError, SyncError
-from portax.layouts import FlaxNnx, TpuInference
+from portax.integrations import maxtext_vllm
+from portax.layouts import FlaxNnx, MaxTextVllm, TpuInference
 from portax.sync.engine_state import EngineState
 from portax.sync.weight_sync import WeightSync
 
@@ -47,6 +48,8 @@ def model_runner(engine: Any) -> Any:
 def engine_state(engine: Any) -> Mapping[str, Any]:
     """The engine's live leaves: a dict by name, or the nested `nnx.State` of a native JAX model.
 
+    Of MaxText's own model, the variables by name, without those that are the engine's own.
+
     The next step sees what is written into a dict; of an `nnx.State`, after the runner's `refresh_state_leaves()`.
 
     Args:
@@ -57,7 +60,7 @@ def engine_state(engine: Any) -> Mapping[str, Any]:
     """
     runner = model_runner(engine)
     _refuse_shared_draft(runner)
-    return runner.state
+    return maxtext_vllm.trainer_state(runner.state) if maxtext_vllm.is_maxtext(runner) else runner.state
 
 
 def _refuse_shared_draft(runner: Any) -> None:
@@ -75,11 +78,12 @@ def _refuse_shared_draft(runner: Any) -> None:
         )
 
 
-def layout(engine: Any) -> TpuInference | FlaxNnx:
+def layout(engine: Any, *, experts: str = "per_shard") -> TpuInference | FlaxNnx | MaxTextVllm:
     """How the engine holds weights: implementation, version, parallel sizes, MoE backend and dtype.
 
     Args:
         engine: As for `model_runner`.
+        experts: In which order MaxText's own model holds experts; see `MaxTextVllm`. Other models have but one.
 
     Raises:
         LayoutError: It is quantised, or its mesh cuts weights along axes that are not covered.
@@ -88,6 +92,10 @@ def layout(engine: Any) -> TpuInference | FlaxNnx:
     config = runner.vllm_config.model_config
     if config.quantization is not None:
         raise LayoutError(f"the engine is quantised ({config.quantization}); only unquantised weights are written")
+    if maxtext_vllm.is_maxtext(runner):
+        return maxtext_vllm.layout(runner, experts=experts)
+    if experts != "per_shard":
+        raise LayoutError(f"experts={experts!r} is for an engine that runs MaxText's own model")
     tp, attention_dp = _parallel_sizes(runner.mesh.shape)
     backends = {backend.name.lower() for backend in _moe_backends(runner) if backend is not None}
     if len(backends) > 1:
@@ -141,6 +149,8 @@ def module_prefix(engine: Any) -> str:
     Raises:
         LayoutError: No leaf is a token embedding.
     """
+    if maxtext_vllm.is_maxtext(model_runner(engine)):
+        return ""
     pattern, told = _EMBEDDINGS[_native(model_runner(engine))]
     names = [re.fullmatch(pattern, name) for name in EngineState(model_runner(engine).state).leaves()]
     found = [match[1] for match in names if match]
@@ -149,12 +159,13 @@ def module_prefix(engine: Any) -> str:
     return found[0]
 
 
-def weight_sync(engine: Any, config: Any, **options: Any) -> WeightSync:
+def weight_sync(engine: Any, config: Any, *, experts: str = "per_shard", **options: Any) -> WeightSync:
     """A `WeightSync` into the engine.
 
     Args:
         engine: As for `model_runner`.
         config: The trainer's configuration.
+        experts: As for `layout`.
         **options: Of `WeightSync`.
 
     Raises:
@@ -166,7 +177,7 @@ def weight_sync(engine: Any, config: Any, **options: Any) -> WeightSync:
         >>> with updating(llm):
         ...     sync(params)
     """
-    converter = converter_for(config, layout=layout(engine), module_prefix=module_prefix(engine))
+    converter = converter_for(config, layout=layout(engine, experts=experts), module_prefix=module_prefix(engine))
     return WeightSync(converter, lambda: engine_state(engine), **options)  # the runner may rebind its state
 
 

@@ -139,7 +139,7 @@ class MaxTextVllm(Layout):
     def fused_moe(self, block: blocks.FusedMoE) -> tuple[Tensor, ...]:
         """`wi` (or `wi_0` and `wi_1`) and `wo`, each shard's slice of the width padded at its own end."""
         chunks = self._chunks(block)
-        padded = self._padded_width(block.gate.shape[2])
+        padded = self.padded_width(block.gate.shape[2])
         column, row = self._spec("exp", "", "mlp_moe"), self._spec("exp", "mlp_moe", "")
         padding = functools.partial(_pad_chunks, chunks=chunks, padded=padded)
         out = Tensor(f"{block.name}.wo", padding(block.down, axis=1), row)
@@ -148,6 +148,16 @@ class MaxTextVllm(Layout):
             return (*(Tensor(f"{block.name}.{name}", padding(x, axis=2), column) for name, x in parts.items()), out)
         fused = kernels.interleave([block.gate, block.up], shards=chunks, multiple=padded // chunks)
         return Tensor(f"{block.name}.wi", fused, column), out
+
+    def padded_width(self, width: int) -> int:
+        """The width that MaxText's adapter pads experts to, as `padded_base_moe_mlp_dim`.
+
+        Args:
+            width: Their true width, `moe_intermediate_size` of the hub's config.
+        """
+        if width // self._width_shards % _EXPERT_MULTIPLE == 0:
+            return width
+        return kernels.round_up(width, self._width_shards * _EXPERT_MULTIPLE)
 
     def _chunks(self, block: blocks.FusedMoE) -> int:
         """Into how many slices the width is cut before each is padded.
@@ -195,12 +205,6 @@ class MaxTextVllm(Layout):
     @property
     def _width_shards(self) -> int:
         return self.mesh_axes["attn_dp"] * self.mesh_axes["model"]
-
-    def _padded_width(self, width: int) -> int:
-        """The width that MaxText's adapter sets as `padded_base_moe_mlp_dim`."""
-        if width // self._width_shards % _EXPERT_MULTIPLE == 0:
-            return width
-        return kernels.round_up(width, self._width_shards * _EXPERT_MULTIPLE)
 
     def _repeated(self, name: str, value: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
         heads, shards = value.shape[axis], self.mesh_axes["model"] * self.mesh_axes["expert"]
