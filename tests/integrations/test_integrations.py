@@ -297,6 +297,21 @@ def test_what_a_rollout_tells_the_engine(tunix, monkeypatch, key):
     assert rollout.sampler.report.version == 2
 
 
+@pytest.mark.parametrize("given", [{"prefuse_moe_weights": False}, {}])
+@pytest.mark.parametrize("of", ["rollout", "trainer"])
+def test_a_rollout_with_maxtexts_own_model_is_started_with_fused_experts(tunix, given, of):
+    @dataclasses.dataclass
+    class Config(RolloutConfig):
+        rollout_vllm_additional_config: dict | None = None
+
+    additional = {"maxtext_config": {"model_name": "qwen3-30b-a3b", **given}}
+    trainer_config = types.SimpleNamespace(vllm_additional_config=additional if of == "trainer" else None)
+    config = Config(rollout_vllm_additional_config=additional if of == "rollout" else None)
+    found = tunix._with_fused_experts(config, trainer_config).rollout_vllm_additional_config["maxtext_config"]
+    assert found == {"model_name": "qwen3-30b-a3b", "prefuse_moe_weights": True} | given
+    assert tunix._with_fused_experts(Config(), types.SimpleNamespace()) == Config()
+
+
 class TrainingEngine:
     """As much of MaxText's training engine as the integration touches."""
 

@@ -159,13 +159,13 @@ def module_prefix(engine: Any) -> str:
     return found[0]
 
 
-def weight_sync(engine: Any, config: Any, *, experts: str = "per_shard", **options: Any) -> WeightSync:
+def weight_sync(engine: Any, config: Any, *, experts: str | None = None, **options: Any) -> WeightSync:
     """A `WeightSync` into the engine.
 
     Args:
         engine: As for `model_runner`.
         config: The trainer's configuration.
-        experts: As for `layout`.
+        experts: As for `layout`, if it is not to be its default.
         **options: Of `WeightSync`.
 
     Raises:
@@ -177,7 +177,8 @@ def weight_sync(engine: Any, config: Any, *, experts: str = "per_shard", **optio
         >>> with updating(llm):
         ...     sync(params)
     """
-    converter = converter_for(config, layout=layout(engine, experts=experts), module_prefix=module_prefix(engine))
+    held = layout(engine) if experts is None else layout(engine, experts=experts)
+    converter = converter_for(config, layout=held, module_prefix=module_prefix(engine))
     return WeightSync(converter, lambda: engine_state(engine), **options)  # the runner may rebind its state
 
 

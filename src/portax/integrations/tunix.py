@@ -112,7 +112,7 @@ class VllmRollout(vllm_rollout.VllmRollout):
             ConfigError, LayoutError, PlanError, SyncError: As for `VllmSampler` and its `update_params`.
         """
         self._sampler = VllmSampler(tokenizer, vllm_config(rollout_config, mesh), config, **options)
-        self._sampler.update_params(nnx.state(rollout_actor, nnx.Param))
+        self._sampler.update_params(nnx.state(rollout_actor, ...))  # not all weights are an nnx.Param
 
     @property
     def sampler(self) -> VllmSampler:
@@ -123,12 +123,26 @@ class VllmRollout(vllm_rollout.VllmRollout):
 class MaxTextVllmRollout(VllmRollout):
     """The same, called as MaxText's `train_rl` calls its own class of this name, which Tunix 0.1.7 cannot make.
 
+    An engine that is to run MaxText's own model (`maxtext_config` in vLLM's additional configuration, the rollout's or
+    the trainer's) is started with fused experts, unless that says otherwise.
+
     Example:
         >>> train_rl.MaxTextVllmRollout = portax.integrations.tunix.MaxTextVllmRollout
     """
 
     def __init__(self, rollout_actor: Any, tokenizer: Any, mesh: Any, rollout_config: Any, maxtext_config: Any):
+        rollout_config = _with_fused_experts(rollout_config, maxtext_config)
         super().__init__(rollout_actor, tokenizer, mesh, rollout_config, maxtext_config)
+
+
+def _with_fused_experts(rollout_config: Any, maxtext_config: Any) -> Any:
+    """As MaxText's own rollout starts its model, which serves a wrong one otherwise."""
+    given = getattr(rollout_config, "rollout_vllm_additional_config", None)
+    given = given or getattr(maxtext_config, "vllm_additional_config", None) or {}
+    if "maxtext_config" not in given:
+        return rollout_config
+    overrides = {"prefuse_moe_weights": True, **given["maxtext_config"]}
+    return dataclasses.replace(rollout_config, rollout_vllm_additional_config={**given, "maxtext_config": overrides})
 
 
 def vllm_config(rollout_config: Any, mesh: jax.sharding.Mesh) -> Any:
