@@ -2,10 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from portax.planning.plan import Plan
+from typing import Any
 
 
 class PortaxError(Exception):
@@ -17,7 +14,17 @@ class ConfigError(PortaxError, ValueError):
 
 
 class LayoutError(PortaxError, ValueError):
-    """A layout that cannot exist: an unknown engine version, or sizes that its topology does not divide."""
+    """A layout that cannot exist, or cannot hold a weight: an unknown version, a size that does not divide.
+
+    Attributes:
+        expected: What could be held instead; None: sizes that the layout can cut.
+        cause: The usual cause, as a hint; None: the tensor-parallel size.
+    """
+
+    def __init__(self, message: str, *, expected: str | None = None, cause: str | None = None):
+        super().__init__(message)
+        self.expected = expected
+        self.cause = cause
 
 
 class SyncError(PortaxError, RuntimeError):
@@ -69,12 +76,12 @@ class PlanError(PortaxError, ValueError):
 
     Attributes:
         problems: Each problem found, in the order of the tree.
-        plan: What was planned all the same, to be shown and not to be carried out; None if it did not come so far.
+        plan: The `Plan` that was made all the same, to be shown and not to be carried out; None if there is none.
     """
 
-    def __init__(self, problems: Iterable[Problem], plan: "Plan | None" = None):
+    def __init__(self, problems: Iterable[Problem], plan: Any = None):
         self.problems = tuple(problems)
         self.plan = plan
         noun = "problem" if len(self.problems) == 1 else "problems"
         lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1))
-        super().__init__(f"{len(self.problems)} {noun}, nothing was converted:\n{lines}")
+        super().__init__(f"{len(self.problems)} {noun}, nothing was changed:\n{lines}")

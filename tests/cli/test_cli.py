@@ -228,7 +228,7 @@ def test_plan_on_paper(portax):
 
 def test_a_plan_with_problems_lists_them(portax):
     out = portax("plan", "--tree", DENSE / "source.json", "--model", "qwen3-30b-a3b", *ENGINE, code=1)
-    assert "problems, nothing was converted" in out
+    assert "problems, nothing was changed" in out
     assert "decoder/layers/moe_block/wi_0: found nothing" in out
 
 

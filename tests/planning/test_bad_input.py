@@ -43,7 +43,7 @@ def without(params, *paths):
 @pytest.mark.parametrize("part", ["query", "key", "value"])
 def test_one_of_query_key_value_absent(part):
     path = f"{LAYER}/self_attention/{part}/kernel"
-    match = rf"1 problem, nothing was converted:\n  1\. {path}: found nothing; expected a leaf of shape \[emb_dim=128, layers=4"
+    match = rf"1 problem, nothing was changed:\n  1\. {path}: found nothing; expected a leaf of shape \[emb_dim=128, layers=4"
     assert len(problems(converter(DENSE), without(filled(DENSE), path), match)) == 1
 
 
@@ -213,11 +213,16 @@ def test_something_that_is_no_tree():
     problems(converter(DENSE), [np.zeros(3)], "params: found a list; expected a mapping")
 
 
-@pytest.mark.parametrize("leaf", [3, "0.1", [1.0], object()])
+@pytest.mark.parametrize("leaf", [3, "0.1", {1.0}, object()])
 def test_leaves_that_are_no_arrays(leaf):
     params = filled(DENSE) | {"base/step": leaf}
     match = rf"base/step: found a {type(leaf).__name__}; expected an array of JAX or numpy"
     problems(converter(DENSE), params, match)
+
+
+def test_a_list_of_numbers_is_no_array():
+    match = r"base/scale/1: found a float; expected an array of JAX or numpy"
+    problems(converter(DENSE), filled(DENSE) | {"base/scale": [1.0, 2.0]}, match)
 
 
 def test_shapes_can_be_planned_but_not_converted():

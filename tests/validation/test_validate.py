@@ -139,7 +139,7 @@ def test_the_hubs_config_of_a_family_goes_with_the_trainers(model):
 
 def test_a_checkpoint_of_another_model(capsys, nothing_read):
     assert main(CHECKPOINT, "--hub-config", GEMMA / "hf_config.json") == 1
-    assert "problems, nothing was converted" in capsys.readouterr().err
+    assert "problems, nothing was changed" in capsys.readouterr().err
 
 
 def test_vllm_wants_a_tpu(monkeypatch):

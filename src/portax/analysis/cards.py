@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from portax._text.names import fold, fold_key, folded_into, parts
-from portax._text.tables import size
+from portax._text.tables import plural, size
 from portax.analysis.compare import Found
 from portax.analysis.diff_report import Diff, LeafDiff, groups
 from portax.errors import PlanError, Problem
@@ -92,10 +92,16 @@ def _plan_facts(plan: Plan) -> list[list[str]]:
         ["bytes", f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out"],
         ["planned peak", f"{size(plan.peak_bytes)} over all devices"],
     ]
-    facts += [["narrowing cast", f"{cast}: {len(names)} leaves"] for cast, names in plan.casts.items()]
+    facts += [
+        ["narrowing cast", f"{cast}: {plural(len(names), 'leaf', 'leaves')}"] for cast, names in plan.casts.items()
+    ]
     facts += [["tied", f"{name} repeats {to}"] for name, to in plan.ties.items()]
     if plan.ignored:
-        facts.append(["ignored", f"{len(plan.ignored)} variables of the trainer that are no parameters"])
+        facts.append(["ignored", f"{plural(len(plan.ignored), 'variable')} of the trainer, no parameters"])
+    if plan.left:
+        facts.append(
+            ["left out", f"{plural(len(plan.left), 'leaf', 'leaves')} of the trainer: {', '.join(fold(plan.left))}"]
+        )
     return facts
 
 

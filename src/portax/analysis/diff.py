@@ -14,6 +14,7 @@ from portax.converters.base import BaseConverter
 from portax.errors import CheckpointError
 from portax.layouts import Layout
 from portax.trainer import param_tree
+from portax.trainer.flatten import split
 
 PIECE_BYTES = 2**24
 _BUCKET_BYTES = 2**28
@@ -99,9 +100,9 @@ def _side(
     what = f"{tree.path} ({tree.form})" if isinstance(tree, Checkpoint) else f"a state ({letter})"
     if converter is not None and any(path.startswith(_DECODER) for path in state.leaves):
         return _converted(tree, what, converter)
-    leaves = state.rooted if rooted else state.leaves
+    leaves = state.rooted if rooted else {**state.leaves, **state.strangers}
     root = "" if rooted else state.root
-    given = {"/".join(param_tree.split(key)).removeprefix(root): key for key in tree if isinstance(key, str)}
+    given = {"/".join(split(key)).removeprefix(root): key for key in tree if isinstance(key, str)}
     names = {path: given.get(path, root + path) for path in leaves}
     specs = {path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in leaves.items()}
     return _Side(
@@ -114,7 +115,7 @@ def _side(
 
 def _converted(tree: Any, what: str, converter: BaseConverter) -> _Side:
     plan = converter.plan(tree)
-    paths = {entry.name: "/".join(param_tree.split(entry.name)) for entry in plan.entries}
+    paths = {entry.name: "/".join(split(entry.name)) for entry in plan.entries}
 
     def read(wanted: Collection[str]) -> Iterator[Mapping[str, Any]]:
         names = {name for name, path in paths.items() if path in wanted}

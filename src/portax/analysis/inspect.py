@@ -161,7 +161,8 @@ def _family_lines(match: Mapping[str, Any]) -> Iterator[str]:
     name = f"{match['decoder_block']} ({match['converter']})"
     if not match["fits"]:
         odd = match["odd_leaves"]
-        yield f"{'family':<12}none fits; the nearest is {name}: {len(odd)} odd leaves, such as {', '.join(odd[:3])}"
+        leaves = plural(len(odd), "odd leaf", "odd leaves")
+        yield f"{'family':<12}none fits; the nearest is {name}: {leaves}, such as {', '.join(odd[:3])}"
         return
     yield f"{'family':<12}{name}{'' if match['usual_form'] else ', in a form of another MaxText version'}"
     yield f"{'sizes':<12}{', '.join(f'{field}={value}' for field, value in match['sizes'].items())}"

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from portax._text.tables import plural
 from portax.config.model_config import ModelConfig
 from portax.converters.base import BaseConverter
 from portax.errors import ConfigError
@@ -74,8 +75,8 @@ def check(hub_config: Mapping[str, Any], converter: BaseConverter, plan: Plan) -
     if odd := [name for name in {**planned, **expected} if planned.get(name) != expected.get(name)]:
         has = [str(list(found[odd[0]])) if odd[0] in found else "nothing" for found in (expected, planned)]
         raise ConfigError(
-            f"the hub config is of another model: {len(odd)} tensors differ, such as {odd[0]}, for which it has "
-            f"{has[0]} and the plan {has[1]}"
+            f"the hub config is of another model: {plural(len(odd), 'tensor differs', 'tensors differ')}, such as "
+            f"{odd[0]}, for which it has {has[0]} and the plan {has[1]}"
         )
 
 

@@ -45,6 +45,7 @@ class Export(Report):
         resumed: How many of those were there already, from an export that was interrupted.
         nbytes: Bytes of all tensors.
         seconds: How long it took.
+        left: Leaves of the trainer that were left out, as asked for (`leave=`).
     """
 
     folder: str
@@ -53,6 +54,7 @@ class Export(Report):
     resumed: int
     nbytes: int
     seconds: float
+    left: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON has it."""
@@ -125,7 +127,8 @@ def export(
                 unfinished / "config.json", json.dumps(config_json.with_dtype(hub_config, plan), indent=2) + "\n"
             )
     seconds = time.perf_counter() - start
-    return Export(str(folder), len(plan.entries), len(shards), len(shards) - len(todo), plan.bytes_out, seconds)
+    resumed = len(shards) - len(todo)
+    return Export(str(folder), len(plan.entries), len(shards), resumed, plan.bytes_out, seconds, plan.left)
 
 
 def _manifest(converter: BaseConverter, params: Any, plan: Plan, shards: tuple[Shard, ...]) -> Mapping[str, Any] | None:

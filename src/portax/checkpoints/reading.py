@@ -12,9 +12,10 @@ from portax.checkpoints.rechunk import Scratch
 from portax.checkpoints.safetensors_reader import INDEX, SafetensorsReader
 from portax.errors import CheckpointError
 from portax.trainer.lazy_array import LazyArray
+from portax.trainer.train_state import select
 
 _PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-_STATES = ("params", "model")  # what trainers call the parameters beside an optimizer's state
+_MODEL = "model/"  # what a full train state of NNX has in front of its parameters
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,12 +76,19 @@ def open_checkpoint(path: str | os.PathLike, *, scratch: str | os.PathLike | Non
         >>> converter.plan(portax.open_checkpoint("gs://run/checkpoints/1000/items"))
     """
     files = _open(os.fspath(path), Scratch(scratch))
-    root, leaves, others = _parameters(files.leaves)
-    if not leaves:
+    arrays = {tuple(path.split("/")): leaf for path, leaf in files.leaves.items() if isinstance(leaf, LazyArray)}
+    selection, twice = select(arrays.items())
+    if twice:
+        raise CheckpointError(f"{files.path}: holds two leaves of the path {twice[0]}, one of them in a box (value)")
+    if not selection.params:
         raise CheckpointError(
             f"{files.path}: holds no parameters, only {', '.join(sorted(files.leaves)[:5]) or 'nothing'}"
         )
-    return Checkpoint(files.path, files.form, root, leaves, others, files.identity)
+    root = _MODEL if selection.root.startswith(_MODEL) else ""
+    leaves = {selection.root.removeprefix(root) + path: leaf for path, leaf in selection.params.items()}
+    no_arrays = {path: leaf for path, leaf in files.leaves.items() if not isinstance(leaf, LazyArray)}
+    others = {**selection.ignored, **no_arrays}
+    return Checkpoint(files.path, files.form, root, {**leaves, **selection.strangers}, others, files.identity)
 
 
 def _open(path: str, scratch: Scratch) -> OrbaxReader | SafetensorsReader:
@@ -113,16 +121,3 @@ def _is_dumped_tree(path: pathlib.Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and {"config", "params"} <= {*content}
-
-
-def _parameters(found: Mapping[str, Any]) -> tuple[str, dict[str, LazyArray], dict[str, Any]]:
-    """Tells parameters from the rest of a train state; boxes (`.../value`) are opened."""
-    heads = {path.partition("/")[0] for path in found}
-    state = next((name for name in _STATES if name in heads and (len(heads) > 1 or name == "model")), None)
-    inside = {path for path, leaf in found.items() if isinstance(leaf, LazyArray) and "rngs" not in path.split("/")}
-    if state is not None:
-        inside = {path for path in inside if path.startswith(f"{state}/")}
-    root = "model/" if state == "model" else ""
-    boxed = "/value" if inside and all(path.endswith("/value") for path in inside) else ""
-    leaves = {path.removeprefix(root).removesuffix(boxed): found[path] for path in found if path in inside}
-    return root, leaves, {path: leaf for path, leaf in found.items() if path not in inside}

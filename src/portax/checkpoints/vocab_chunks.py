@@ -5,7 +5,7 @@ of them are the embedding of the same model with a smaller vocabulary, and are c
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from portax.converters.base import BaseConverter
 from portax.planning.plan import Entry
 from portax.trainer import param_tree
 from portax.trainer.lazy_array import LazyArray
+from portax.trainer.param_tree import Params, ParamTree
 
 
 class Rows(LazyArray):
@@ -43,7 +44,7 @@ class Rows(LazyArray):
         self._array.release()
 
 
-def in_pieces(converter: BaseConverter, params: Any, bucket_bytes: int) -> tuple[Entry, ...]:
+def in_pieces(converter: BaseConverter, params: Params, bucket_bytes: int) -> tuple[Entry, ...]:
     """The tensors that are larger than a bucket, and whose rows are those of a vocabulary on disk.
 
     Args:
@@ -51,7 +52,7 @@ def in_pieces(converter: BaseConverter, params: Any, bucket_bytes: int) -> tuple
         params: What it is to convert.
         bucket_bytes: Bytes of a bucket.
     """
-    leaves = param_tree.read(params).rooted
+    leaves = converter.read(params).rooted
     large = {
         entry.name: entry
         for entry in converter.plan(params).entries
@@ -69,7 +70,7 @@ def in_pieces(converter: BaseConverter, params: Any, bucket_bytes: int) -> tuple
 
 
 def pieces(
-    converter: BaseConverter, params: Any, entry: Entry, bucket_bytes: int
+    converter: BaseConverter, params: Params, entry: Entry, bucket_bytes: int
 ) -> Iterator[tuple[int, Shaped[Array, "rows ..."]]]:
     """Converts one of those tensors.
 
@@ -83,7 +84,7 @@ def pieces(
         The first row of each piece, and the piece.
     """
     rows = entry.shape[0]
-    leaves = param_tree.read(params).rooted
+    leaves = converter.read(params).rooted
     largest = max(entry.nbytes, *(leaves[source].nbytes for source in entry.sources))
     step = max(1, rows * bucket_bytes // (2 * largest))  # what was read is there beside what was made of it
     same: BaseConverter | None = None
@@ -96,18 +97,18 @@ def pieces(
                 yield start, piece
 
 
-def _smaller(converter: BaseConverter, params: Any, start: int, stop: int) -> tuple[BaseConverter, Mapping[str, Any]]:
+def _smaller(converter: BaseConverter, params: Params, start: int, stop: int) -> tuple[BaseConverter, ParamTree]:
     """The model whose vocabulary is some rows of this one's."""
     config = dataclasses.replace(converter.config, vocab_size=stop - start)
     smaller = converter.on(converter.mesh, config=config)
-    state = param_tree.read(params)
+    state = converter.read(params)
     whole, part = (param_tree.read(of.expected_tree()).leaves for of in (converter, smaller))
-    leaves = dict(state.rooted)
+    leaves = dict(state.leaves)
     for path in state.leaves.keys() & part.keys():
         if (few := part[path].shape) != (many := whole[path].shape):
             axis = next(i for i, (a, b) in enumerate(zip(few, many, strict=True)) if a != b)
             leaf = state.leaves[path]
             lazy = isinstance(leaf, LazyArray)
             at = (slice(None),) * axis + (slice(start, stop),)
-            leaves[state.root + path] = Rows(leaf, axis, start, stop) if lazy else leaf[at]
-    return smaller, leaves
+            leaves[path] = Rows(leaf, axis, start, stop) if lazy else leaf[at]
+    return smaller, dataclasses.replace(state, leaves=leaves)

@@ -16,12 +16,14 @@ from portax.errors import ConfigError, LayoutError
 from portax.execution import executor
 from portax.execution.byte_counts import byte_count
 from portax.execution.inverse import Restoration
-from portax.layouts import Layout, TpuInference
+from portax.layouts import Canonical, FlaxNnx, HuggingFace, Layout, MaxTextVllm, TpuInference
 from portax.planning.plan import Plan
 from portax.planning.planner import make_plan
 from portax.planning.trace import Hooks, lower
 from portax.trainer import param_tree, scan
+from portax.trainer.flatten import flatten, unbox
 from portax.trainer.layer_params import Axes, LayerParams
+from portax.trainer.param_tree import Params, ParamTree
 
 Weights: TypeAlias = dict[str, Shaped[Array, "..."]]
 
@@ -40,6 +42,7 @@ class BaseConverter(PlainDecoder):
         module_prefix: What this engine's model class wraps its language model in, e.g. `language_model.`.
         strict_dtype: Whether a cast that loses precision is an error.
         by_structure: Whether the hooks return the trainer's leaves as they are, of any decoder.
+        leave: Patterns of `fnmatch` for whole paths of the trainer's leaves that are left out, such as a vision tower.
     """
 
     by_structure: ClassVar[bool] = False
@@ -52,6 +55,7 @@ class BaseConverter(PlainDecoder):
         layout: Layout | None = None,
         module_prefix: str | None = None,
         strict_dtype: bool = False,
+        leave: Sequence[str] = (),
     ):
         """Makes a converter.
 
@@ -62,17 +66,20 @@ class BaseConverter(PlainDecoder):
                 installed tpu-inference.
             module_prefix: None for `default_module_prefix`.
             strict_dtype: Whether a cast that loses precision is an error.
+            leave: Patterns of `fnmatch` for whole paths of leaves that the engine has no place for and that are left
+                out, e.g. `("*/vision_encoder/*",)`; plans and reports list them.
 
         Raises:
-            ConfigError: The configuration is not usable for this family.
+            ConfigError: The configuration is not usable for this family, or `leave` is no sequence of patterns.
             LayoutError: The layout cannot be read, or the mesh does not fit it.
         """
         self.config = ModelConfig.of(config)
         self.mesh = mesh
         self.module_prefix = self.default_module_prefix if module_prefix is None else module_prefix
-        layout = layout if layout is not None else _rollout_layout(self.config)
+        layout = _checked_layout(layout) if layout is not None else _rollout_layout(self.config)
         self.layout = layout.for_architecture(self.architecture)
         self.strict_dtype = strict_dtype
+        self.leave = _patterns(leave)
         self._plans: dict[Any, Plan] = {}
         self._hooks: Hooks = self
         if self.layout.names == "trainer" and not self.by_structure:
@@ -81,7 +88,9 @@ class BaseConverter(PlainDecoder):
         self._check_config()
         _check_mesh(mesh, self.layout)
 
-    def plan(self, params: Any, target: Mapping[str, Any] | None = None, *, strict_dtype: bool | None = None) -> Plan:
+    def plan(
+        self, params: Params, target: Mapping[str, Any] | None = None, *, strict_dtype: bool | None = None
+    ) -> Plan:
         """What `convert` would write from what; no weight is touched, no memory spent.
 
         Args:
@@ -95,8 +104,21 @@ class BaseConverter(PlainDecoder):
         Raises:
             PlanError: Anything is missing, left over, of another shape or kind. Names everything at once.
         """
-        state = param_tree.read(params)
+        state = self.read(params)
         return self._plan(state, self.sections(state), target, strict_dtype)
+
+    def read(self, params: Params) -> ParamTree:
+        """The trainer's parameters as a flat mapping, without those that are to be left out.
+
+        Args:
+            params: As for `plan`.
+
+        Raises:
+            PlanError: This is no tree of arrays, there are others beside it, or a pattern of `leave` matches nothing.
+        """
+        state = param_tree.read(params, self.leave)
+        param_tree.refuse_strangers(state)
+        return state
 
     def plan_into(self, target: Mapping[str, Any]) -> Plan:
         """What a sync into this engine writes, planned without a trainer's tree: of the one that the config implies.
@@ -108,16 +130,16 @@ class BaseConverter(PlainDecoder):
             PlanError: As `plan`.
             ConfigError: The configuration does not say enough for that.
         """
-        return self.plan(self.expected_tree(), target)
+        return self.plan(param_tree.read(self.expected_tree()), target)
 
-    def convert(self, params: Any, *, strict_dtype: bool | None = None) -> Weights:
+    def convert(self, params: Params, *, strict_dtype: bool | None = None) -> Weights:
         """All of the engine's weights.
 
         The first call plans and compiles one program for each kind of layer; later calls compile nothing. Keep the
         converter: its programs go with it.
 
         Args:
-            params: `nnx.State`, nested or flat mapping, FrozenDict; arrays of JAX or numpy; scanned or not.
+            params: `nnx.State`, nested or flat mapping, FrozenDict, a whole train state, a checkpoint; scanned or not.
             strict_dtype: Whether a cast that loses precision is an error; None for the converter's own setting.
 
         Returns:
@@ -131,7 +153,7 @@ class BaseConverter(PlainDecoder):
             weights |= bucket
         return weights
 
-    def stream(self, params: Any, *, bucket_bytes: int, only: Container[str] | None = None) -> Iterator[Weights]:
+    def stream(self, params: Params, *, bucket_bytes: int, only: Container[str] | None = None) -> Iterator[Weights]:
         """The engine's weights in buckets, each converted when it is asked for.
 
         Args:
@@ -246,9 +268,10 @@ class BaseConverter(PlainDecoder):
             layout=self.layout,
             module_prefix=self.module_prefix,
             strict_dtype=self.strict_dtype,
+            leave=self.leave,
         )
 
-    def conversion(self, params: Any, *, strict_dtype: bool | None = None) -> executor.Conversion:
+    def conversion(self, params: Params, *, strict_dtype: bool | None = None) -> executor.Conversion:
         """A planned conversion, to be carried out piece by piece, as `WeightSync` does.
 
         Args:
@@ -256,23 +279,24 @@ class BaseConverter(PlainDecoder):
             strict_dtype: As for `plan`.
 
         Raises:
-            PlanError: As `plan`; also for arrays that cannot be read.
+            PlanError: As `plan`; also for arrays that cannot be read, and for tracers.
         """
-        state = param_tree.read(params)
+        state = self.read(params)
+        param_tree.refuse_tracers(state)
         sections = self.sections(state)
         plan = self._plan(state, sections, None, strict_dtype)
         return executor.Conversion(plan, state, sections, self._executor)
 
     def _buckets(
         self,
-        params: Any,
+        params: Params,
         bucket_bytes: int | None,
         strict_dtype: bool | None,
         only: Container[str] | None = None,
     ) -> Iterator[Weights]:
         return self.conversion(params, strict_dtype=strict_dtype).buckets(bucket_bytes, only)
 
-    def sections(self, state: param_tree.ParamTree) -> tuple[scan.Section, ...]:
+    def sections(self, state: ParamTree) -> tuple[scan.Section, ...]:
         """The layers of each kind in a flat state.
 
         Raises:
@@ -287,20 +311,37 @@ class BaseConverter(PlainDecoder):
 
     def _plan(
         self,
-        state: param_tree.ParamTree,
+        state: ParamTree,
         sections: tuple[scan.Section, ...],
         target: Mapping[str, Any] | None,
         strict_dtype: bool | None,
     ) -> Plan:
         strict = self.strict_dtype if strict_dtype is None else strict_dtype
         if target is not None:
-            target = {".".join(path): param_tree.unbox(leaf) for path, leaf in param_tree.flatten(target)}
+            target = {".".join(path): unbox(leaf) for path, leaf in flatten(target)}
             return make_plan(self._hooks, self.module_prefix, state, sections, target=target, strict_dtype=strict)
-        signature = (strict, state.root, tuple((p, x.shape, np.dtype(x.dtype)) for p, x in state.leaves.items()))
+        leaves = tuple((path, leaf.shape, np.dtype(leaf.dtype)) for path, leaf in state.leaves.items())
+        signature = (strict, state.root, state.ignored, state.left, leaves)
         if signature not in self._plans:
             plan = make_plan(self._hooks, self.module_prefix, state, sections, target=None, strict_dtype=strict)
             self._plans = {signature: plan}
         return self._plans[signature]
+
+
+def _checked_layout(layout: Layout) -> Layout:
+    if not isinstance(layout, Layout):
+        known = ", ".join(kind.__name__ for kind in (TpuInference, FlaxNnx, MaxTextVllm, HuggingFace, Canonical))
+        raise LayoutError(
+            f"layout={layout!r} is a {type(layout).__name__} and no layout: pass an object, such as "
+            f'portax.layouts.TpuInference(version="0.32", tp=4); there are {known}'
+        )
+    return layout
+
+
+def _patterns(leave: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(leave, str) or not all(isinstance(pattern, str) for pattern in leave):
+        raise ConfigError(f"leave={leave!r}: pass a sequence of patterns, such as leave=('*/vision_encoder/*',)")
+    return tuple(leave)
 
 
 def _rollout_layout(config: ModelConfig) -> Layout:

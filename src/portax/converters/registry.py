@@ -1,6 +1,7 @@
 """Which converter a configuration asks for: portax's own, and those that other packages register."""
 
 import importlib.metadata
+from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -36,10 +37,11 @@ _OWN: tuple[type[BaseConverter], ...] = (
 def converter_for(
     config: Any,
     *,
-    layout: Layout,
+    layout: Layout | None = None,
     mesh: Mesh | None = None,
     module_prefix: str | None = None,
     strict_dtype: bool = False,
+    leave: Sequence[str] = (),
 ) -> BaseConverter:
     """The converter for a model, chosen by what its config says (`decoder_block`), never by the model's name.
 
@@ -47,17 +49,19 @@ def converter_for(
 
     Args:
         config: Anything that `ModelConfig.of` reads: a MaxText config object, a mapping, a YAML or `config.json` path.
-        layout: How the engine holds weights.
+        layout: How the engine holds weights; None reads it off `config.rollout_tensor_parallelism` and the installed
+            tpu-inference.
         mesh: Where results go, partitioned as the layout says; None leaves them where they were computed.
         module_prefix: What the engine's model class wraps its language model in; None for the family's usual one.
         strict_dtype: Whether a cast that loses precision is an error.
+        leave: Patterns of `fnmatch` for whole paths of leaves that the engine has no place for and that are left out.
 
     Returns:
         The converter.
 
     Raises:
         ConfigError: The configuration is incomplete or of an unknown family.
-        LayoutError: The mesh does not fit the layout.
+        LayoutError: There is no layout, or the mesh does not fit it.
 
     Example:
         >>> portax.converter_for("qwen3-8b.yml", layout=portax.layouts.TpuInference(version="0.32", tp=4))
@@ -65,7 +69,8 @@ def converter_for(
     config = ModelConfig.of(config)
     known = families()
     options: dict[str, Any] = {"layout": layout, "module_prefix": module_prefix, "strict_dtype": strict_dtype}
-    if config.decoder_block not in known and layout.names == "trainer":
+    options["leave"] = leave
+    if config.decoder_block not in known and isinstance(layout, Layout) and layout.names == "trainer":
         return MaxTextConverter(config, mesh, **options)
     if config.decoder_block not in known:
         listed = ", ".join(f"{block} ({family.__name__})" for block, family in known.items())

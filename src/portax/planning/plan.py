@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from portax._text.names import fold, fold_key
 from portax._text.report import Report
-from portax._text.tables import new_table, size, text_lines
+from portax._text.tables import new_table, plural, size, text_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -58,7 +58,8 @@ class Plan(Report):
         tensors_per_layer: For each section of the trainer's tree, how many entries each of its layers has.
         working_bytes: Bytes in work at a time, beside source and results: the layers in flight.
         ignored: Variables of the trainer's state that are no parameters.
-        engine_owned: LayerParams of the target that the engine fills itself; empty without a target.
+        engine_owned: Leaves of the target that the engine fills itself; empty without a target.
+        left: Leaves of the trainer that were left out, as asked for (`leave=`).
     """
 
     layout: str
@@ -68,6 +69,7 @@ class Plan(Report):
     working_bytes: int
     ignored: tuple[str, ...]
     engine_owned: tuple[str, ...]
+    left: tuple[str, ...] = ()
 
     @functools.cached_property
     def bytes_out(self) -> int:
@@ -114,10 +116,13 @@ class Plan(Report):
             f"planned peak  {size(self.peak_bytes)} over all devices: source, results, "
             f"{size(self.working_bytes)} for the layers in work",
         ]
-        lines += [f"cast          {cast}: {len(names)} leaves" for cast, names in self.casts.items()]
+        lines += [f"cast          {cast}: {plural(len(names), 'leaf', 'leaves')}" for cast, names in self.casts.items()]
         lines += [f"tied          {name} repeats {to}" for name, to in self.ties.items()]
         if self.ignored:
-            lines.append(f"ignored       {len(self.ignored)} variables of the trainer that are no parameters")
+            lines.append(f"ignored       {plural(len(self.ignored), 'variable')} of the trainer, no parameters")
+        if self.left:
+            left = plural(len(self.left), "leaf", "leaves")
+            lines.append(f"left out      {left} of the trainer: {', '.join(fold(self.left))}")
         if self.engine_owned:
             lines.append("engine-owned  " + ", ".join(fold(self.engine_owned)))
         return Group(table, text_lines(lines))
@@ -137,7 +142,7 @@ class Plan(Report):
             for entry in self.entries
         }
         totals = {"bytes_in": self.bytes_in, "bytes_out": self.bytes_out, "peak_bytes": self.peak_bytes}
-        lists = {"ignored": self.ignored, "engine_owned": self.engine_owned}
+        lists = {"ignored": self.ignored, "engine_owned": self.engine_owned, "left": self.left}
         return {"layout": self.layout, **totals, **lists, "entries": entries}
 
 

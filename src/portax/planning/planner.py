@@ -67,6 +67,7 @@ def make_plan(
         working_bytes=PROGRAMS_IN_FLIGHT * working,
         ignored=state.ignored,
         engine_owned=owned,
+        left=state.left,
     )
     if problems:
         raise PlanError(_folded(problems), plan)

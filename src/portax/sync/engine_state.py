@@ -13,7 +13,7 @@ from portax.execution.executor import device_order
 from portax.planning.plan import Plan
 from portax.sync.claim import Claim
 from portax.sync.transfer import zeros
-from portax.trainer.param_tree import unbox
+from portax.trainer.flatten import unbox
 
 _Cells: TypeAlias = dict[str, tuple[Any, Any]]
 """By leaf, the mapping and the key under which it can be replaced."""

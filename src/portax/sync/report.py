@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from portax._text.names import fold
-from portax._text.tables import new_table, render, size
+from portax._text.tables import new_table, plural, render, size
 
 PHASES = ("plan", "compile", "convert", "transfer", "assign", "verify")
 
@@ -80,6 +80,7 @@ class SyncReport(_Report):
             an estimate, see `received_bytes` in `portax.sync.transfer`.
         peak_bytes: Highest use of any device's memory since the process began, where the backend tells.
         verification: The comparison afterwards; None if none was asked for.
+        left: Leaves of the trainer that were left out, as asked for (`leave=`).
     """
 
     version: int
@@ -90,6 +91,7 @@ class SyncReport(_Report):
     bytes_moved: int
     peak_bytes: int | None
     verification: Verification | None
+    left: tuple[str, ...] = ()
 
     @property
     def total_seconds(self) -> float:
@@ -113,6 +115,10 @@ class SyncReport(_Report):
         ]
         if self.peak_bytes is not None:
             lines.append(f"peak       {size(self.peak_bytes)} on one device")
+        if self.left:
+            lines.append(
+                f"left out   {plural(len(self.left), 'leaf', 'leaves')} of the trainer: {', '.join(fold(self.left))}"
+            )
         if self.verification is not None:
             lines.append(f"verified   {self.verification}")
         return render(table) + "\n".join(lines)

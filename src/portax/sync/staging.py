@@ -9,6 +9,7 @@ from jaxtyping import Array, Shaped
 from portax.converters.base import BaseConverter
 from portax.execution.byte_counts import byte_count
 from portax.sync.weight_sync import WeightSync
+from portax.trainer import param_tree
 
 
 class Staging:
@@ -58,7 +59,10 @@ class Staging:
 
         It follows from the configuration and the layout alone, so two processes that build it get the same.
         """
-        plan = self._converter.plan(self._converter.expected_tree()) if self._sync is None else self._sync.plan
+        if self._sync is not None:
+            plan = self._sync.plan
+        else:
+            plan = self._converter.plan(param_tree.read(self._converter.expected_tree()))
         return [
             {
                 "name": entry.name,

@@ -151,6 +151,7 @@ class WeightSync:
             bytes_moved=self._moved(conversion, made),
             peak_bytes=peak_bytes(self._engine.devices()),
             verification=verification,
+            left=plan.left,
         )
 
     def _planned(self, params: Any) -> Conversion:

@@ -139,10 +139,10 @@ def unscanned(depth: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
 
 
 _OF_ONE_KIND = ("dense_layers", "moe_layers")  # DeepSeek's: first all dense layers, each kind counted from 0
-_UNSCANNED = re.compile(r"(?P<container>decoder/(?P<block>(dense_|moe_)?layers)_(?P<index>\d+))/(?P<leaf>.+)")
+_UNSCANNED = re.compile(r"(?P<container>decoder/(?P<block>(dense_|moe_)?layers)[_/](?P<index>\d+))/(?P<leaf>.+)")
 _SCANNED = re.compile(
     r"decoder/(?P<block>layers|scanned_blocks|dense_layers|moe_layers|layers_remainder)/"
-    r"((?P<slot>layers?_\d+|local_layers|global_layer)/)?(?P<leaf>.+)"
+    r"((?P<slot>layers?[_/]\d+|local_layers|global_layer)/)?(?P<leaf>.+)"
 )
 _REMAINDER, _LOCAL = "layers_remainder", "local_layers"
 _AFTER_OTHERS = ("moe_layers", _REMAINDER)
@@ -204,7 +204,11 @@ def _unstack(
     depths = {slot: repeated + (slot == _LOCAL) for slot in slots}
     scans = {slot: _lengths(leaves.values(), scan_axis, depths[slot]) for slot, leaves in slots.items()}
     local = scans[_LOCAL][-1] if _LOCAL in slots else 0
-    places = {slot: int(slot.rpartition("_")[2]) if slot[-1:].isdigit() else local for slot in slots if slot != _LOCAL}
+    places = {
+        slot: int(slot.replace("/", "_").rpartition("_")[2]) if slot[-1:].isdigit() else local
+        for slot in slots
+        if slot != _LOCAL
+    }
     cycle = max([local - 1, *places.values()]) + 1
     for slot, leaves in slots.items():
         container = f"{block}/{slot}" if slot else block
