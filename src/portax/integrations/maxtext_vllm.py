@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from portax.converters.structure import is_known
 from portax.errors import LayoutError
 from portax.layouts import MaxTextVllm
-from portax.trainer.param_tree import flatten, unbox
+from portax.trainer.flatten import flatten, unbox
 
 _CLASS = "MaxTextForCausalLM"
 _AXES = ("data", "attn_dp", "attn_dp_expert", "expert", "model", "dcp", "pcp")
