@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -60,10 +61,27 @@ ROWS = {  # converter, devices, whether results go onto the engine's mesh
 }
 
 
+def working_python(name: str) -> str:
+    """An interpreter of this name that can make environments: on PATH, or one of pyenv's; not a shim of none."""
+    versions = pathlib.Path(os.environ.get("PYENV_ROOT", pathlib.Path.home() / ".pyenv")) / "versions"
+    pyenv = sorted(versions.glob(f"{name.removeprefix('python')}*/bin/{name}")) if name.startswith("python") else []
+    for candidate in (name, *map(str, pyenv)):
+        found = shutil.which(candidate)
+        if found and not subprocess.run([found, "-c", "import venv"], check=False, capture_output=True).returncode:
+            return found
+    raise SystemExit(f"no working {name} found, to make the peers' environments with: name another one, --python")
+
+
+def environment(converter: str, model: str) -> pathlib.Path:
+    """Where a peer's environment is, or will be."""
+    name = "tunix" if converter == "tunix" else "engine" if model == "gemma4" else "maxtext"
+    return HERE / f".venv-{name}"
+
+
 def peer_python(converter: str, model: str, python: str) -> str:
     """The interpreter of a peer's environment, which is made if it is not there."""
-    name = "tunix" if converter == "tunix" else "engine" if model == "gemma4" else "maxtext"
-    home = HERE / f".venv-{name}"
+    home = environment(converter, model)
+    name = home.name.removeprefix(".venv-")
     inside = home / "bin" / "python"
     if inside.exists():
         return str(inside)
@@ -73,10 +91,19 @@ def peer_python(converter: str, model: str, python: str) -> str:
     else:
         pip = [inside, "-m", "pip", "install", "-q"]
         packages = [TUNIX] if name == "tunix" else [["--no-deps", *PEER], PEER_NEEDS]
-        steps = [[python, "-m", "venv", home], *([*pip, *what] for what in packages)]
+        steps = [[working_python(python), "-m", "venv", home], *([*pip, *what] for what in packages)]
     for step in steps:
         subprocess.run(step, check=True)
     return str(inside)
+
+
+def check_tools(peers: set[str], model: str, python: str) -> None:
+    """Ends the benchmark before it begins, if a peer's environment has to be made and cannot be."""
+    missing = {environment(peer, model) for peer in peers if not (environment(peer, model) / "bin/python").exists()}
+    if HERE / ".venv-engine" in missing and shutil.which("uv") is None:
+        raise SystemExit("no uv found, which makes the engine's environment: https://docs.astral.sh/uv")
+    if missing - {HERE / ".venv-engine"}:
+        working_python(python)
 
 
 def measure(python: str, model: str, row: tuple[str, int, bool], repeat: int, *, keep: bool) -> dict:
@@ -139,6 +166,8 @@ def main() -> None:
     record.add_json(parser)
     args = parser.parse_args()
     interpreters = dict.fromkeys(("portax", "portax-stream", "numpy"), sys.executable)
+    peers = {row[0] for row in ROWS[args.model] if row[0] in args.converters} - interpreters.keys()
+    check_tools(peers, args.model, args.python)
     console = Console(width=210)
     results = []
     for converter, devices, mesh in (row for row in ROWS[args.model] if row[0] in args.converters):

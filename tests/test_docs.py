@@ -2,6 +2,10 @@
 
 import pathlib
 import re
+import subprocess
+import sys
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -20,3 +24,32 @@ def test_ci_runs_the_two_commands():
     assert "pip install -e . && portax demo\npip install -e '.[test]' && pytest\n" in readme
     for command in ("pip install -q -e .\nportax demo\n", "pip install -q -e '.[test]'\npytest\n"):
         assert command in gate
+
+
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+RESOLVE = """
+import sys
+import portax
+names, imports = sys.argv[1].split(), sys.argv[2]
+exec(imports)
+for name in names:
+    found = portax
+    try:
+        for part in name.split(".")[1:]:
+            found = getattr(found, part)
+    except portax.MissingPackageError:  # it is there, and needs what is not installed here
+        pass
+    except AttributeError as error:
+        print(f"{name}: {error}")
+"""
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_dotted_name_resolves_after_the_imports_that_stand_there(document):
+    text = document.read_text()
+    names = sorted(set(re.findall(r"(?<![\w./-])portax(?:\.[A-Za-z_]\w*)+", text)))
+    blocks = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    imports = "\n".join(re.findall(r"^import portax\S*$", blocks, re.MULTILINE))
+    command = [sys.executable, "-c", RESOLVE, " ".join(names), imports]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == ""

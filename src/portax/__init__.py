@@ -1,5 +1,8 @@
 """portax: moves weights from a JAX trainer into a rollout engine, bit for bit."""
 
+import importlib
+from typing import Any
+
 from portax import layouts
 from portax.analysis.diff import diff
 from portax.analysis.diff_report import Diff
@@ -90,3 +93,12 @@ __all__ = [
     "layouts",
     "open_checkpoint",
 ]
+
+_WINGS = ("cli", "integrations", "testing", "validation")  # what `import portax` does not need
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a wing that few need when it is first named: `portax.validation`, `portax.integrations`."""
+    if name in _WINGS:
+        return importlib.import_module(f"portax.{name}")
+    raise AttributeError(f"module 'portax' has no attribute {name!r}")

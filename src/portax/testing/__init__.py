@@ -1,1 +1,13 @@
 """Goldens, known values, the doctor and the demo: what proves portax, shipped with it."""
+
+import importlib
+from typing import Any
+
+_MODULES = ("comparison", "demo", "doctor", "golden", "golden_folder", "probe", "spread")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a module of this folder when it is first named."""
+    if name in _MODULES:
+        return importlib.import_module(f"portax.testing.{name}")
+    raise AttributeError(f"module 'portax.testing' has no attribute {name!r}")
