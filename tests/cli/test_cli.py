@@ -347,10 +347,38 @@ def test_an_untested_engine_may_be_tried(portax):
     assert "version='0.99'" in json.loads(portax(*args))["layout"]
 
 
+MAXTEXT = ("--layout", "maxtext-vllm", "--engine-version", "0.2.5", "--tp", "4")
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ((), "version='0.2.5', tp=4, attention_dp=1, expert_parallel=1, prefused=True"),
+        (("--attention-dp", "2", "--expert-parallel", "2", "--experts", "whole"), "experts='whole'"),
+        (("--not-prefused", "--experts", "as_loaded"), "prefused=False"),
+    ],
+)
+def test_maxtexts_own_model_is_planned_for(portax, args, told):
+    plan = json.loads(portax("plan", "--model", "qwen3-30b-a3b", *MAXTEXT, *args, "--json"))
+    assert told in plan["layout"]
+    assert "model.decoder.layers_47.moe_block.wo" in plan["entries"]
+
+
+def test_maxtexts_own_model_is_refused_where_it_would_be_a_wrong_one(capsys):
+    assert command("plan", "--model", "qwen3-30b-a3b", *MAXTEXT, "--expert-parallel", "2") == 1
+    assert "serves a wrong model; expected experts='whole'" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (("plan", "--model", "qwen3-8b", "--tp", "2"), "tpu-inference is not installed here"),
+        (("plan", "--model", "qwen3-8b", "--layout", "maxtext-vllm", "--tp", "2"), "maxtext is not installed here"),
+        (("plan", "--model", "qwen3-8b", *ENGINE, "--not-prefused"), "--not-prefused is for --layout maxtext-vllm"),
+        (
+            ("plan", "--model", "qwen3-8b", *ENGINE, "--expert-parallel", "2"),
+            "--expert-parallel is for --layout maxtext",
+        ),
         (("plan", "--model", "qwen3-8b", "--engine-version", "0.32"), "--tp is required"),
         (
             ("plan", "--model", "qwen3-8b", "--engine-version", "0.19", "--tp", "2"),

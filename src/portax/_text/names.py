@@ -5,7 +5,7 @@ from collections.abc import Callable, Container, Iterable
 
 _NUMBER = re.compile(r"\d+")
 _FOLDED = re.compile(r"\{(\d+(?:,\d+)*|\d+\.\.\.\d+)\}")
-_INDEX = re.compile(r"(?<=[./])\d+(?=[./])|(?<=/layers_)\d+(?=/)|(?<=/layer_)\d+(?=/)")  # of a layer or an expert
+_INDEX = re.compile(r"(?<=[./])\d+(?=[./])|(?<=layers_)\d+(?=[./])|(?<=layer_)\d+(?=[./])")  # of a layer or an expert
 _APART = re.compile(f"({_INDEX.pattern})")
 
 

@@ -22,6 +22,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 _LAYOUTS: dict[str, type[layouts.Layout]] = {
     "tpu-inference": layouts.TpuInference,
     "flax-nnx": layouts.FlaxNnx,
+    "maxtext-vllm": layouts.MaxTextVllm,
     "canonical": layouts.Canonical,
     "hf": layouts.HuggingFace,
     "huggingface": layouts.HuggingFace,
@@ -60,13 +61,20 @@ def add_model(parser: argparse.ArgumentParser, *, default: str | None = None) ->
 def add_layout(parser: argparse.ArgumentParser) -> None:
     """Adds the layout."""
     parser.add_argument("--layout", choices=_LAYOUTS, default="tpu-inference", help="how the engine holds weights")
-    parser.add_argument("--engine-version", metavar="X.Y", help="version of tpu-inference; default: the installed one")
+    text = "version of tpu-inference, or of MaxText for maxtext-vllm; default: the installed one"
+    parser.add_argument("--engine-version", metavar="X.Y", help=text)
     text = "take an engine newer than the known layouts to hold weights as the newest of them does"
     parser.add_argument("--allow-untested", action="store_true", help=text)
-    parser.add_argument("--tp", type=int, help="tensor-parallel size; required by tpu-inference and flax-nnx")
+    parser.add_argument("--tp", type=int, help="tensor-parallel size; required by every engine")
     parser.add_argument("--moe-backend", choices=("gmm_tp", "gmm_ep", "fused_moe"), default="gmm_tp")
-    text = "attention data-parallel size of a tpu-inference with NEW_MODEL_DESIGN=1"
+    text = "attention data-parallel size of an engine with NEW_MODEL_DESIGN=1"
     parser.add_argument("--attention-dp", type=int, metavar="K", help=text)
+    text = "of maxtext-vllm: expert_parallelism of the engine's sharding strategy"
+    parser.add_argument("--expert-parallel", type=int, metavar="K", help=text)
+    text = "of maxtext-vllm: the engine is started with prefuse_moe_weights=False"
+    parser.add_argument("--not-prefused", action="store_true", help=text)
+    text = "of maxtext-vllm: how gate and up are fused (default: per_shard)"
+    parser.add_argument("--experts", choices=("per_shard", "whole", "as_loaded"), help=text)
     parser.add_argument("--dtype", choices=DTYPES, help="default: the layout's own")
     parser.add_argument("--strict-dtype", action="store_true", help="make a cast that loses precision an error")
 
@@ -179,10 +187,20 @@ def layout(args: argparse.Namespace) -> layouts.Layout:
     """
     options: dict[str, Any] = {} if args.dtype is None else {"dtype": jnp.dtype(args.dtype)}
     kind = _LAYOUTS[args.layout]
-    if not issubclass(kind, TpuEngine):
+    named = _of_maxtext(args)
+    if kind is not layouts.MaxTextVllm and named:
+        option = next(iter(named)).replace("_", "-").replace("prefused", "not-prefused")
+        raise ConfigError(f"--{option} is for --layout maxtext-vllm, not for --layout {args.layout}")
+    if not issubclass(kind, TpuEngine | layouts.MaxTextVllm):
         return kind(**options)
     if args.tp is None:
         raise ConfigError("--tp is required: a tensor-parallel size is never assumed")
+    if issubclass(kind, layouts.MaxTextVllm):
+        options |= {"tp": args.tp, "allow_untested": args.allow_untested, **named}
+        options |= {} if args.attention_dp is None else {"attention_dp": args.attention_dp}
+        return (
+            kind.installed(**options) if args.engine_version is None else kind(version=args.engine_version, **options)
+        )
     options |= {"tp": args.tp, "moe_backend": args.moe_backend, "allow_untested": args.allow_untested}
     if args.attention_dp is not None:
         if kind is not layouts.TpuInference:
@@ -191,6 +209,13 @@ def layout(args: argparse.Namespace) -> layouts.Layout:
     if args.engine_version is None:
         return kind.installed(**options)
     return kind(version=args.engine_version, **options)
+
+
+def _of_maxtext(args: argparse.Namespace) -> dict[str, Any]:
+    """What was said that is for an engine with MaxText's own model alone."""
+    named: dict[str, Any] = {} if args.expert_parallel is None else {"expert_parallel": args.expert_parallel}
+    named |= {"prefused": False} if args.not_prefused else {}
+    return named | ({} if args.experts is None else {"experts": args.experts})
 
 
 def weights_and_config(

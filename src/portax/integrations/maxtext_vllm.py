@@ -3,7 +3,6 @@
 `portax.integrations.tpu_inference` asks here; measured with MaxText 0.2.5 and tpu-inference 0.32.0.
 """
 
-import importlib.metadata
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -41,8 +40,7 @@ def layout(runner: Any, *, experts: str = "per_shard") -> MaxTextVllm:
     _check_mesh(mesh)
     if unproven := [f"{name}={value!r}" for name in _UNPROVEN if (value := getattr(config, name, None))]:
         raise LayoutError(f"the engine's maxtext_config has {', '.join(unproven)}, with which nothing was tried")
-    found = MaxTextVllm(
-        version=_version(),
+    found = MaxTextVllm.installed(
         tp=mesh["model"] * mesh["attn_dp"],
         attention_dp=mesh["attn_dp"],
         expert_parallel=mesh["expert"] * mesh["attn_dp_expert"],
@@ -70,16 +68,6 @@ def trainer_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
     owned = (nnx.RngState, nnx.Cache, nnx.Intermediate)
     return {".".join(path): box for path, box in flatten(state) if not isinstance(box, owned)}
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("maxtext")
-    except importlib.metadata.PackageNotFoundError:
-        raise LayoutError(
-            f"the engine runs {_CLASS}, and no package maxtext says of which version: install it with its metadata, "
-            "or make the layout by hand, portax.layouts.MaxTextVllm(version=..., tp=...)"
-        ) from None
 
 
 def _check_mesh(mesh: Mapping[str, int]) -> None:

@@ -7,6 +7,7 @@ logical_axis_rules of configs/inference/vllm.yml.
 
 import dataclasses
 import functools
+import importlib.metadata
 import re
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -90,6 +91,26 @@ class MaxTextVllm(Layout):
                 "pass allow_untested=True to use the newest known layout"
             )
 
+    @classmethod
+    def installed(cls, *, tp: int, **options: Any) -> "MaxTextVllm":
+        """The layout of the MaxText that is installed here.
+
+        Args:
+            tp: vLLM's `tensor_parallel_size`.
+            **options: Other attributes.
+
+        Raises:
+            LayoutError: MaxText is not installed, or its version is unknown.
+        """
+        try:
+            version = importlib.metadata.version("maxtext")
+        except importlib.metadata.PackageNotFoundError:
+            raise LayoutError(
+                "maxtext is not installed here, so its version cannot be read; install it, or name the version of the "
+                f'engine: MaxTextVllm(version="{_KNOWN[-1]}", tp={tp})'
+            ) from None
+        return cls(version=version, tp=tp, **options)
+
     @property
     def mesh_axes(self) -> dict[str, int]:
         """The axes that cut weights; `model` is `tp / attention_dp`."""
@@ -131,7 +152,7 @@ class MaxTextVllm(Layout):
         if block.axes is None:
             return (Tensor(block.name, value, self._given_spec(block.name, value)),)
         if "activation_mlp" in block.axes:
-            raise LayoutError(f"{block.name}: {_NO_EXPERT_BIASES}")
+            raise LayoutError(f"{block.name}: {_NO_EXPERT_BIASES}", expected="no biases of experts", cause="gpt-oss")
         if "kv_heads" in block.axes:
             value = self._repeated(block.name, value, block.axes.index("kv_heads"))
         return (Tensor(block.name, value, self._spec(*block.axes)),)
@@ -187,19 +208,20 @@ class MaxTextVllm(Layout):
 
     def _refuse_wrong_model(self, name: str, *, split: bool) -> None:
         sizes = f"attn_dp * model={self._width_shards}"
+        comparison = "experts='as_loaded' gives what the engine's own loader makes, for comparison alone"
         if not self.prefused:
             raise LayoutError(
-                f"{name}: prefused=False with {sizes} serves a wrong model: the engine fuses gate and up over all "
-                "shards, and the first ones then hold gate alone. Start it with prefuse_moe_weights=True; "
-                "experts='as_loaded' gives what its own loader makes, for comparison alone"
+                f"{name}: prefused=False with {sizes} serves a wrong model",
+                expected=f"an engine that is started with prefuse_moe_weights=True; {comparison}",
+                cause="the engine fuses gate and up over all shards, and the first ones then hold gate alone",
             )
         if split:
             raise LayoutError(
-                f"{name}: expert_parallel={self.expert_parallel} with {sizes} serves a wrong model: the engine moves "
-                "whole experts to devices, and takes each shard's slices, side by side, for all of gate and all of up. "
-                "Use experts='whole' (with attention_dp > 1, the engine needs enable_dp_attention in its "
-                "maxtext_config), or expert parallelism alone; experts='as_loaded' gives what its own loader makes, "
-                "for comparison alone"
+                f"{name}: expert_parallel={self.expert_parallel} with {sizes} serves a wrong model",
+                expected="experts='whole' (with attention_dp > 1, the engine needs enable_dp_attention in its "
+                f"maxtext_config), or expert parallelism alone; {comparison}",
+                cause="the engine moves whole experts to devices, and takes each shard's slices, side by side, for all "
+                "of gate and all of up",
             )
 
     @property
@@ -227,9 +249,10 @@ class MaxTextVllm(Layout):
             if re.fullmatch(pattern, name):
                 return spec
         raise LayoutError(
-            f"{name}: no rule says how the engine cuts {list(value.shape)}, of a block that MaxText 0.2.5 has not. "
-            f"Pass specs=((r{re.escape(name)!r}, PartitionSpec(...)),), or make the layout of the live engine "
-            "(portax.integrations.tpu_inference.layout), which tells"
+            f"{name}: no rule says how the engine cuts {list(value.shape)}",
+            expected=f"specs=((r{re.escape(name)!r}, PartitionSpec(...)),), or the layout that "
+            "portax.integrations.tpu_inference.layout reads off the live engine",
+            cause="a block that MaxText 0.2.5 has not",
         )
 
     def _not_by_hub_name(self, block: Any) -> NoReturn:

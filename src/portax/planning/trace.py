@@ -76,8 +76,8 @@ def lower(
                 Problem(
                     getattr(block, "name", type(block).__name__),
                     str(error),
-                    f"sizes that {type(hooks.layout).__name__} can cut",
-                    "this tensor-parallel size does not fit this model",
+                    error.expected or f"sizes that {type(hooks.layout).__name__} can cut",
+                    error.cause or "this tensor-parallel size does not fit this model",
                 )
             )
     return tuple(tensors), tuple(refused)
