@@ -342,6 +342,18 @@ def test_advice_is_for_people_at_a_shell(args, advice, capsys):
     assert not re.search(r"\w+=(True|False)|\w+\(\w+=|portax\.", told)
 
 
+def test_leaves_are_left_out_by_pattern(portax, tmp_path):
+    params = {**filled("qwen3-8b.scan"), "base/vision_encoder/patch/kernel": np.ones((2, 2), np.float32)}
+    safetensors.numpy.save_file(params, tmp_path / "tree.safetensors")
+    (tmp_path / "model.yml").write_text(json.dumps(dict(tree("qwen3-8b.scan").config)))
+    args = ("plan", tmp_path / "tree.safetensors", "--config", tmp_path / "model.yml", *ENGINE)
+    told = portax(*args, code=1)
+    assert "vision_encoder/patch/kernel" in told
+    assert "leave=" not in told
+    assert "vision_encoder/patch/kernel" in portax(*args, "--leave", "*/vision_encoder/*")
+    assert "--leave '*/audio/*': found no leaf that it matches" in portax(*args, "--leave", "*/audio/*", code=1)
+
+
 def test_an_untested_engine_may_be_tried(portax):
     args = ("plan", "--model", "qwen3-8b", "--engine-version", "0.99", "--tp", "2", "--allow-untested", "--json")
     assert "version='0.99'" in json.loads(portax(*args))["layout"]

@@ -14,6 +14,8 @@ from portax.checkpoints import config_json
 from portax.checkpoints.atomic_dir import refuse_existing
 from portax.config.model_config import ModelConfig
 from portax.config.shipped import config_path
+from portax.converters import converter_for
+from portax.converters.base import BaseConverter
 from portax.errors import ConfigError
 from portax.execution import byte_counts
 from portax.layouts._tpu import TpuEngine
@@ -77,6 +79,8 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experts", choices=("per_shard", "whole", "as_loaded"), help=text)
     parser.add_argument("--dtype", choices=DTYPES, help="default: the layout's own")
     parser.add_argument("--strict-dtype", action="store_true", help="make a cast that loses precision an error")
+    text = "leave out the trainer's leaves whose whole path it matches, such as '*/vision_encoder/*'; may be repeated"
+    parser.add_argument("--leave", action="append", default=[], metavar="PATTERN", help=text)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -216,6 +220,15 @@ def _of_maxtext(args: argparse.Namespace) -> dict[str, Any]:
     named: dict[str, Any] = {} if args.expert_parallel is None else {"expert_parallel": args.expert_parallel}
     named |= {"prefused": False} if args.not_prefused else {}
     return named | ({} if args.experts is None else {"experts": args.experts})
+
+
+def converter(args: argparse.Namespace, config: ModelConfig, layout: layouts.Layout) -> BaseConverter:
+    """The converter for a model and a layout, with the options that were given.
+
+    Raises:
+        ConfigError: The configuration is of an unknown family.
+    """
+    return converter_for(config, layout=layout, strict_dtype=args.strict_dtype, leave=args.leave)
 
 
 def weights_and_config(

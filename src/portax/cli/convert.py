@@ -16,7 +16,6 @@ from portax.cli import arguments, inputs, output
 from portax.cli.command import Command
 from portax.cli.progress import progress_bar
 from portax.config.to_hub import derive_hub_config
-from portax.converters import converter_for
 from portax.errors import ConfigError
 from portax.layouts import HuggingFace
 from portax.planning.plan import Plan
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     hub_config = _hub_config(args, layout)
     args.scratch = args.scratch or str(existing(out))
     params, config = arguments.weights_and_config(args, inputs.open_values)
-    converter = converter_for(config, layout=layout, strict_dtype=args.strict_dtype)
+    converter = arguments.converter(args, config, layout)
     plan = converter.plan(params)
     if hub_config is not None:
         config_json.check(hub_config, converter, plan)

@@ -8,7 +8,6 @@ from portax.cli import arguments, inputs, output
 from portax.cli.command import Command
 from portax.cli.progress import progress_bar
 from portax.config.model_config import ModelConfig
-from portax.converters import converter_for
 from portax.converters.base import BaseConverter
 from portax.errors import CheckpointError, ConfigError, PlanError
 
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _converter(args: argparse.Namespace) -> BaseConverter | None:
     if (config := arguments.named_config(args)) is not None:
-        return converter_for(ModelConfig.of(config), layout=arguments.layout(args), strict_dtype=args.strict_dtype)
+        return arguments.converter(args, ModelConfig.of(config), arguments.layout(args))
     if (args.layout, args.dtype) != ("hf", None):
         raise ConfigError("--layout and --dtype are for a trainer's tree that is converted: add --model or --config")
     return None

@@ -9,6 +9,8 @@ _OPTIONS = (  # what the library advises those who call it, and what people at a
     (r"allow_untested=True", "--allow-untested"),
     (r"strict_dtype=True", "--strict-dtype"),
     (r"\bscratch=", "--scratch"),
+    (r"\bleave=", "--leave "),
+    (r"\(--leave \)", "(--leave)"),
     (r"Use TpuInference\(version=\"[\d.]+\", tp=\d+\)", "Use --layout tpu-inference"),
     (r"\w+\(version=\"([\d.]+)\", tp=\d+\)", r"--engine-version \1"),
     (r", or pass FlaxNnx\(\.\.\., architecture=\.\.\.\)", ""),

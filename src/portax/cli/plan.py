@@ -11,7 +11,6 @@ from rich.console import Group
 from portax.analysis import cards, cost_model, html_page
 from portax.cli import arguments, devices, inputs, output
 from portax.cli.command import Command
-from portax.converters import converter_for
 from portax.converters.base import BaseConverter
 from portax.errors import PlanError
 from portax.planning.plan import Plan
@@ -33,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if meshes is not None:
         devices.simulate(math.prod(meshes[0].values()))
     params, config = arguments.weights_and_config(args, inputs.open_filled, required=False)
-    converter = converter_for(config, layout=layout, strict_dtype=args.strict_dtype)
+    converter = arguments.converter(args, config, layout)
     params = converter.expected_tree() if params is None else params
     plan = _planned(converter, params, page, args.checkpoint or args.tree or args.model or args.config)
     if meshes is None:
