@@ -27,6 +27,17 @@ class LayoutError(PortaxError, ValueError):
         self.cause = cause
 
 
+class QuantizationError(LayoutError):
+    """An engine that quantises in a way that does not exist, was not run, or computes wrong."""
+
+    def __init__(self, message: str):
+        super().__init__(
+            message,
+            expected="a way of quantising that an engine was run with",
+            cause="the engine's settings or its checkpoint ask for what it cannot do, or for what was not run",
+        )
+
+
 class SyncError(PortaxError, RuntimeError):
     """A sync that cannot start, or whose result is not what the trainer holds."""
 

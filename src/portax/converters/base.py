@@ -307,7 +307,7 @@ class BaseConverter(PlainDecoder):
     def _types_of(self, found: Sequence[scan.Layer]) -> list[scan.LayerTypes]:
         numbers = [layer.index or 0 for layer in found]
         known = self.layer_types(found, max(numbers, default=-1) + 1)
-        return [known[number] for number in numbers]
+        return [known[number] | self.layout.layer_types(number, self.module_prefix) for number in numbers]
 
     def _plan(
         self,

@@ -21,7 +21,9 @@ OTHER_MODALITIES = r"(visual|vision_tower|multi_modal_projector|embed_vision|aud
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["name", "spec", "in_decoder", "tied_to"]
+    jax.tree_util.register_dataclass,
+    data_fields=["array"],
+    meta_fields=["name", "spec", "in_decoder", "tied_to", "lossy"],
 )
 @dataclasses.dataclass(frozen=True)
 class Tensor:
@@ -33,6 +35,7 @@ class Tensor:
         spec: How the engine partitions it.
         in_decoder: False for what stands beside the decoder: the output projection.
         tied_to: Name of the leaf whose values it repeats, where the model ties them.
+        lossy: Where its values lose precision after the cast to the layout's dtype: what quantises them.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Tensor:
     spec: PartitionSpec = PartitionSpec()
     in_decoder: bool = True
     tied_to: str | None = None
+    lossy: tuple[str, ...] = ()
 
 
 Stage: TypeAlias = Literal["part", "packed", "whole"]
@@ -128,6 +132,26 @@ class Layout(abc.ABC):
         Raises:
             LayoutError: The engine does not hold models of this class in this way.
         """
+        return self
+
+    @property
+    def definition(self) -> str | None:
+        """What is exact, in words, where that is not the trainer's values cast to `dtype`."""
+        return None
+
+    def layer_types(self, layer: int, module_prefix: str) -> frozenset[str]:
+        """What sets a layer apart in the engine, and not in the trainer; by default nothing.
+
+        Args:
+            layer: Number of the layer.
+            module_prefix: What the model class wraps its language model in.
+        """
+        del layer, module_prefix
+        return frozenset()
+
+    def for_layer(self, types: frozenset[str]) -> "Layout":
+        """The layout of layers of these types, which have those of `layer_types` among them; by default the same."""
+        del types
         return self
 
     def is_engine_owned(self, name: str) -> bool:

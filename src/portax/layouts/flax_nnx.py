@@ -11,9 +11,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from portax.errors import LayoutError
+from portax.errors import LayoutError, QuantizationError
+from portax.layouts import _quantising
 from portax.layouts._tpu import AXIS, TpuEngine
-from portax.layouts.base import OTHER_MODALITIES, Tensor, flat_columns, in_decoder
+from portax.layouts.base import OTHER_MODALITIES, Tensor, as_matrix, flat_columns, in_decoder
+from portax.layouts.quantization import Quantization
 from portax.weights import blocks, kernels
 
 _HEAD_MULTIPLE, _HEAD_UNPADDED = 128, 64
@@ -34,6 +36,8 @@ class _Model:
         pads_vocab: Whether it pads the vocabulary to a multiple of tp.
         merges_gate_up: Whether gate and up are one matrix.
         cuts_wide_kv: Whether KV heads that tp does not divide are cut along head_dim.
+        block_checkpoints: Whether it was run on fp8 checkpoints in blocks.
+        quantises_experts: Whether its experts were run quantised online.
     """
 
     kernel: str = "weight"
@@ -45,13 +49,15 @@ class _Model:
     pads_vocab: bool = False
     merges_gate_up: bool = False
     cuts_wide_kv: bool = False
+    block_checkpoints: bool = False
+    quantises_experts: bool = False
 
 
 _MODELS = {
     "Qwen2ForCausalLM": _Model(head=None),
-    "Qwen3ForCausalLM": _Model(pads_vocab=True),
+    "Qwen3ForCausalLM": _Model(pads_vocab=True, block_checkpoints=True),
     "LlamaForCausalLM": _Model("kernel", "scale", "embed.embedding", "model.lm_head", tied=False, pads_heads=True),
-    "Gemma4ForConditionalGeneration": _Model(head=None, merges_gate_up=True, cuts_wide_kv=True),
+    "Gemma4ForConditionalGeneration": _Model(head=None, merges_gate_up=True, cuts_wide_kv=True, quantises_experts=True),
 }
 
 
@@ -69,9 +75,10 @@ class FlaxNnx(TpuEngine):
         dtype: What the engine stores weights in.
         allow_untested: Whether to use the newest known layout for a version newer than any that was checked.
         architecture: The hub's name of the model class; converters fill it in.
+        quantization: What the engine quantises; None for nothing.
 
     Raises:
-        LayoutError: The version, tp or backend is unknown.
+        LayoutError: The version, tp or backend is unknown, or the engine was not run quantised in this way.
 
     Example:
         >>> portax.layouts.FlaxNnx(version="0.32", tp=4)
@@ -84,10 +91,39 @@ class FlaxNnx(TpuEngine):
     dtype: Any = jnp.dtype(jnp.bfloat16)
     allow_untested: bool = False
     architecture: str | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         self._check(moe_backend=self.moe_backend, allow_untested=self.allow_untested)
+        if self.quantization is not None:
+            self._check_quantization(self.quantization)
+
+    def _check_quantization(self, quantization: Quantization) -> None:
+        if quantization.patterns:
+            raise QuantizationError(
+                "BF16_LINEAR_REQUANTIZE_PATTERNS: the engine's native JAX models (flax_nnx) ignore it: "
+                "unset it, or use MODEL_IMPL_TYPE=vllm and TpuInference"
+            )
+        if self.dtype != jnp.bfloat16:
+            raise QuantizationError(f"quantised engines were run with dtype bfloat16, and this is {self.dtype}")
+        plain = Quantization(
+            quantization.checkpoint,
+            quantization.scale_form,
+            requantize_weight_dtype=quantization.requantize_weight_dtype,
+        )
+        if quantization.checkpoint.startswith("ct-") or (
+            quantization.is_of_quantised_checkpoint and quantization != plain
+        ):
+            raise QuantizationError(
+                f"a native JAX model (flax_nnx) was not run with {quantization}: of checkpoints, fp8 in blocks alone, "
+                "and of their settings, REQUANTIZE_WEIGHT_DTYPE"
+            )
+
+    @property
+    def definition(self) -> str | None:
+        """As if the engine had loaded this or that checkpoint."""
+        return None if self.quantization is None else self.quantization.definition
 
     def for_architecture(self, architecture: str | None) -> "FlaxNnx":
         """The layout of one model class.
@@ -97,7 +133,15 @@ class FlaxNnx(TpuEngine):
         """
         architecture = architecture or self.architecture
         self._check_architecture(architecture)
+        if self.quantization is not None and not self._was_run_quantised(_MODELS[architecture or ""]):
+            raise QuantizationError(
+                f"{architecture}: native JAX models (flax_nnx) of this class were not run with {self.quantization}"
+            )
         return dataclasses.replace(self, architecture=architecture)
+
+    def _was_run_quantised(self, model: _Model) -> bool:
+        blocks_ = self.quantization is not None and self.quantization.is_of_quantised_checkpoint
+        return model.block_checkpoints if blocks_ else model.quantises_experts
 
     def _check_architecture(self, architecture: str | None) -> None:
         if architecture in _MODELS:
@@ -141,19 +185,43 @@ class FlaxNnx(TpuEngine):
             )
         if kernel.ndim == 3:
             kernel = self._wide(block.name, kernel, axis=1)
+        if self._quantises_linears:
+            return self._quantised(block.name, as_matrix(dataclasses.replace(block, kernel=kernel)), cut)
         return (Tensor(f"{block.name}.{self._model.kernel}", kernel, self._spec(*cut)),)
+
+    @property
+    def _settings(self) -> Quantization:
+        if self.quantization is None:
+            raise QuantizationError("this engine quantises nothing")
+        return self.quantization
+
+    @property
+    def _quantises_linears(self) -> bool:
+        return self.quantization is not None and self.quantization.is_of_quantised_checkpoint
+
+    def _quantised(self, name: str, matrix: Shaped[Array, "in out"], cut: tuple[str | None, ...]) -> tuple[Tensor, ...]:
+        """A projection of a block checkpoint, whose heads are not apart, and its scales, one for each output."""
+        [(weights, scales)] = _quantising.linear_parts(self._settings, name, [matrix], (1,))
+        weights = _quantising.from_bytes(weights, _quantising.linear_dtype(self._settings))
+        lossy = _quantising.linear_steps(self._settings)
+        weight = f"{name}.{self._model.kernel}"
+        return (
+            Tensor(weight, weights, self._spec(*cut), lossy=lossy),
+            Tensor(f"{weight}_scale_inv", scales[0], self._spec(*cut[1:]), lossy=lossy),
+        )
 
     def merged_linear(self, block: blocks.MergedLinear) -> tuple[Tensor, ...]:
         """Gate and up apart, `[in, out]`; in Gemma4 `[in, a0 b0 | a1 b1 | ...]`, every shard its slice of each."""
         if not self._model.merges_gate_up:
             return tuple(
-                self._columns(name, kernels.interleave([flat_columns(part) for part in group], shards=1))
+                tensor
                 for name, group in zip(block.hub, block.parts, strict=True)
+                for tensor in self._columns(name, kernels.interleave([flat_columns(part) for part in group], shards=1))
             )
         parts = [flat_columns(part) for group in block.parts for part in group]
         for part in parts:
             self._must_divide(f"{block.name}: a part of width", part.shape[1])
-        return (self._columns(block.name, kernels.interleave(parts, shards=self.tp)),)
+        return self._columns(block.name, kernels.interleave(parts, shards=self.tp))
 
     def bare_linear(self, block: blocks.BareLinear) -> tuple[Tensor, ...]:
         """`[in, out]`, replicated."""
@@ -168,10 +236,12 @@ class FlaxNnx(TpuEngine):
         self._must_divide(f"{block.name}: query heads =", block.query.shape[1])
         kv_cut = self._kv_cut(block)
         projections = {"q_proj": (block.query, (AXIS,)), "k_proj": (block.key, kv_cut), "v_proj": (block.value, kv_cut)}
-        tensors = []
+        tensors: list[Tensor] = []
         for (name, (kernel, cut)), bias in zip(projections.items(), block.bias or (None,) * 3, strict=True):
             at = f"{block.name}.{name}"
-            if kernel is not None:
+            if kernel is not None and self._quantises_linears:
+                tensors += self._quantised(at, flat_columns(self._heads(at, kernel)), (None, AXIS))
+            elif kernel is not None:
                 tensors.append(Tensor(f"{at}.{self._model.kernel}", self._heads(at, kernel), self._spec(None, *cut)))
             if bias is not None:
                 tensors.append(Tensor(f"{at}.bias", self._heads(at, bias), self._spec(*cut)))
@@ -210,9 +280,36 @@ class FlaxNnx(TpuEngine):
         """Gate and up fused as the backend's kernel wants them, and down."""
         shards = self.tp if self.moe_backend == "gmm_tp" else 1
         cut13, cut2 = ((None, None, AXIS), (None, AXIS)) if self.moe_backend == "gmm_tp" else ((AXIS,), (AXIS,))
+        if self.quantization is not None:
+            return self._quantised_experts(block, shards=shards, cut13=cut13, cut2=cut2)
         return (
             Tensor(f"{block.name}.kernel_gating_upproj_EDF", self._fused_w13(block, shards=shards), self._spec(*cut13)),
             Tensor(f"{block.name}.kernel_down_proj_EFD", block.down, self._spec(*cut2)),
+        )
+
+    def _quantised_experts(
+        self,
+        block: blocks.FusedMoE,
+        *,
+        shards: int,
+        cut13: tuple[str | None, ...],
+        cut2: tuple[str | None, ...],
+    ) -> tuple[Tensor, ...]:
+        held = _quantising.experts(self._settings, block, shards=shards)
+        w13, w2 = self._fused_w13(held.weights, shards=shards), held.weights.down
+        gate, up, scale = held.scales
+        s13, s2 = kernels.fuse_w13(gate, up, shards=shards)[:, :, None], scale[:, :, None]
+        scale13 = (None, None, None, AXIS) if self.moe_backend == "gmm_tp" else cut13
+        scale2 = () if self.moe_backend == "gmm_tp" and s2.shape[1] == 1 else cut2
+        gating, down = f"{block.name}.kernel_gating_upproj_EDF", f"{block.name}.kernel_down_proj_EFD"
+        return tuple(
+            Tensor(name, array, self._spec(*cut), lossy=held.lossy)
+            for name, array, cut in (
+                (gating, _quantising.from_bytes(w13, held.dtype), cut13),
+                (f"{gating}_weight_scale", s13, scale13),
+                (down, _quantising.from_bytes(w2, held.dtype), cut2),
+                (f"{down}_weight_scale", s2, scale2),
+            )
         )
 
     def embedding(self, block: blocks.Embedding) -> tuple[Tensor, ...]:
@@ -241,8 +338,10 @@ class FlaxNnx(TpuEngine):
     def _vocab_multiple(self) -> int:
         return self.tp if self._model.pads_vocab else 1
 
-    def _columns(self, name: str, kernel: Shaped[Array, "in out"]) -> Tensor:
-        return Tensor(f"{name}.{self._model.kernel}", kernel, self._spec(None, AXIS))
+    def _columns(self, name: str, kernel: Shaped[Array, "in out"]) -> tuple[Tensor, ...]:
+        if self._quantises_linears:
+            return self._quantised(name, kernel, (None, AXIS))
+        return (Tensor(f"{name}.{self._model.kernel}", kernel, self._spec(None, AXIS)),)
 
     def _must_divide(self, what: str, size: int) -> None:
         if size % self.tp:

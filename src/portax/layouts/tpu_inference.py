@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
 from portax.errors import LayoutError
-from portax.layouts._tpu import AXIS, Axes, TpuEngine, must_be_positive, release_text
+from portax.layouts._quantised_torchax import QuantisedTorchax
+from portax.layouts._tpu import AXIS, Axes, must_be_positive, release_text
 from portax.layouts.base import OTHER_MODALITIES, Tensor, as_matrix, flat_columns, in_decoder
 from portax.weights import blocks, kernels
 
@@ -48,7 +49,7 @@ _ENGINE_OWNED = re.compile(
 
 
 @dataclasses.dataclass(frozen=True)
-class TpuInference(TpuEngine):
+class TpuInference(QuantisedTorchax):
     """What tpu-inference's torchax runner (`MODEL_IMPL_TYPE=vllm`) holds: one flat dict of `vllm_model.*` leaves.
 
     Attributes:
@@ -61,9 +62,12 @@ class TpuInference(TpuEngine):
             axes, `data` and `model`.
         dtype: What the engine stores weights in.
         allow_untested: Whether to use the newest known layout for a version newer than any that was checked.
+        quantization: What the engine quantises; None for nothing.
+        quantised_linears: Of a layer whose linears are not all quantised alike, which are; converters fill it in.
 
     Raises:
-        LayoutError: The version, tp or backend is unknown, or attention_dp is not for that version or tp.
+        LayoutError: The version, tp or backend is unknown, attention_dp is not for that version or tp, or the engine
+            was not run quantised in this way.
 
     Example:
         >>> portax.layouts.TpuInference(version="0.32", tp=4)
@@ -82,6 +86,7 @@ class TpuInference(TpuEngine):
         self._check(moe_backend=self.moe_backend, allow_untested=self.allow_untested)
         if self.attention_dp is not None:
             self._check_attention_dp(self.attention_dp)
+        self._check_quantization(dtype=self.dtype, attention_dp=self.attention_dp)
 
     def _check_attention_dp(self, size: int) -> None:
         must_be_positive("attention_dp", size)
@@ -156,15 +161,15 @@ class TpuInference(TpuEngine):
         """`[in, out]`, cut on the side that is parallel."""
         axes = self._linear_axes
         cut = {"column": (None, axes), "row": (axes, None), "replicated": (None, None)}[block.parallel]
-        return (self._matrix(block.name, as_matrix(block), cut),)
+        return self._linear(block.name, [as_matrix(block)], lambda parts: parts[0], cut)
 
     def merged_linear(self, block: blocks.MergedLinear) -> tuple[Tensor, ...]:
         """`[in, a0 b0 | a1 b1 | ...]`: every shard holds its slice of each part."""
         parts = [flat_columns(part) for group in block.parts for part in group]
         for part in parts:
             self._linear_must_divide(f"{block.name}: a part of width", part.shape[1])
-        merged = kernels.interleave(parts, shards=self._linear_tp)
-        return (self._matrix(block.name, merged, (None, self._linear_axes)),)
+        merge = functools.partial(kernels.interleave, shards=self._linear_tp)
+        return self._linear(block.name, parts, merge, (None, self._linear_axes))
 
     def qkv(self, block: blocks.QKV) -> tuple[Tensor, ...]:
         """`[in, q0 k0 v0 | q1 k1 v1 | ...]` over all shards; see `kernels.pack_qkv`."""
@@ -173,11 +178,17 @@ class TpuInference(TpuEngine):
             kernels.pack_qkv, shards=self._linear_tp, replicate_kv=self._release >= _KV_HEADS_REPLICATED
         )
         value = block.key if block.value is None else block.value
-        packed = pack(block.query, block.key, value)
-        matrix = self._matrix(f"{block.name}.qkv_proj", packed, (None, self._linear_axes))
+        copies = max(self._linear_tp // block.key.shape[1], 1)
+        held = self._linear(
+            f"{block.name}.qkv_proj",
+            [block.query, block.key, value],
+            lambda parts: pack(*parts),
+            (None, self._linear_axes),
+            copies=(1, copies, copies),
+        )
         if not block.bias:
-            return (matrix,)
-        return matrix, Tensor(f"{block.name}.qkv_proj.bias", pack(*block.bias), self._spec(self._linear_axes))
+            return held
+        return *held, Tensor(f"{block.name}.qkv_proj.bias", pack(*block.bias), self._spec(self._linear_axes))
 
     def _check_heads(self, block: blocks.QKV) -> None:
         heads, (kv_heads, dim) = block.query.shape[1], block.key.shape[1:]
@@ -190,6 +201,8 @@ class TpuInference(TpuEngine):
     def fused_moe(self, block: blocks.FusedMoE) -> tuple[Tensor, ...]:
         """w13 and w2 as the backend's kernel wants them."""
         name = f"{block.name}.routed_experts" if self._release >= _EXPERTS_ROUTED else block.name
+        if self.quantization is not None and self.quantization.experts_dtype is not None:
+            return self._quantised_experts(name, block, backend=self.moe_backend, axes=self._tp_axes)
         w13, w2, cut13, cut2 = getattr(self, f"_{self.moe_backend}")(block)
         return (
             Tensor(f"{name}.w13_weight", w13, self._spec(*cut13)),

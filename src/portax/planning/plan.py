@@ -53,6 +53,7 @@ class Plan(Report):
 
     Attributes:
         layout: The layout, in words.
+        definition: What is exact, in words, where that is not the trainer's values cast to the engine's dtype.
         entries: Every engine leaf that is written, in the order of writing.
         bytes_in: Bytes of the trainer leaves.
         tensors_per_layer: For each section of the trainer's tree, how many entries each of its layers has.
@@ -70,6 +71,7 @@ class Plan(Report):
     ignored: tuple[str, ...]
     engine_owned: tuple[str, ...]
     left: tuple[str, ...] = ()
+    definition: str | None = None
 
     @functools.cached_property
     def bytes_out(self) -> int:
@@ -112,6 +114,7 @@ class Plan(Report):
             )
         lines = [
             f"layout        {self.layout}",
+            *([f"exact         {self.definition}"] if self.definition else []),
             f"bytes         {size(self.bytes_in)} in, {size(self.bytes_out)} out",
             f"planned peak  {size(self.peak_bytes)} over all devices: source, results, "
             f"{size(self.working_bytes)} for the layers in work",
@@ -143,7 +146,7 @@ class Plan(Report):
         }
         totals = {"bytes_in": self.bytes_in, "bytes_out": self.bytes_out, "peak_bytes": self.peak_bytes}
         lists = {"ignored": self.ignored, "engine_owned": self.engine_owned, "left": self.left}
-        return {"layout": self.layout, **totals, **lists, "entries": entries}
+        return {"layout": self.layout, "definition": self.definition, **totals, **lists, "entries": entries}
 
 
 def axes_of(cut: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -61,6 +61,7 @@ def make_plan(
     bytes_in = sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in state.leaves.values())
     plan = Plan(
         layout=repr(hooks.layout),
+        definition=hooks.layout.definition,
         entries=tuple(entries),
         tensors_per_layer=tuple(tensors_per_layer),
         bytes_in=bytes_in,
@@ -88,9 +89,15 @@ def _entries(layout: Layout, module_prefix: str, section: Section, traced: Trace
                 dtype=dtype,
                 spec=tensor.spec,
                 sources=tuple(root + layer.path(source) for source in sources),
-                casts=tuple(sorted({c for s in sources if (c := _narrowing(layer.leaves[s].dtype, dtype))})),
+                casts=_casts((layer.leaves[source].dtype for source in sources), dtype, tensor.lossy),
                 tied_to=tied,
             )
+
+
+def _casts(sources: Iterable[Any], dtype: np.dtype, lossy: tuple[str, ...]) -> tuple[str, ...]:
+    """Every step that loses precision, in order; what is quantised is cast to bfloat16 first."""
+    cast_to = np.dtype(jnp.bfloat16) if lossy else dtype
+    return tuple(sorted({step for source in sources if (step := _narrowing(source, cast_to))})) + lossy
 
 
 @functools.cache

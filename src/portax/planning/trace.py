@@ -67,9 +67,10 @@ def lower(
     """
     tensors: list[Tensor] = []
     refused: list[Shaped[Array, "..."]] = []
+    layout = hooks.layout.for_layer(leaves.types)
     for block in hooks.global_weights(leaves) if is_global else hooks.layer_blocks(leaves):
         try:
-            tensors += hooks.layout.lower(block, place)
+            tensors += layout.lower(block, place)
         except LayoutError as error:
             refused += jax.tree.leaves(block)
             leaves.problems.append(

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from portax.errors import GoldenError
-from portax.layouts import FlaxNnx, HuggingFace, Layout, MaxTextVllm, TpuInference
+from portax.layouts import FlaxNnx, HuggingFace, Layout, MaxTextVllm, Quantization, TpuInference
 from portax.testing.probe import probe
 from portax.testing.spread import edges, spread
 
@@ -209,8 +209,6 @@ def _compare_leaf(name: str, leaf: Any, expected: GoldenLeaf) -> Comparison:
 
 
 def _engine_layout(content: Mapping[str, Any]) -> Layout:
-    if "setting" in content:
-        raise GoldenError(f"no layout reproduces weights quantised as {content['setting']}")
     if content.get("implementation") == "MaxTextForCausalLM":
         return _maxtext_layout(content)
     kind = _ENGINES.get(content.get("implementation"))
@@ -222,7 +220,18 @@ def _engine_layout(content: Mapping[str, Any]) -> Layout:
         "tp": content["mesh"]["model"] * (attention_dp or 1),
         "moe_backend": (content["moe_backend"] or "gmm_tp").lower(),
     }
+    if (quantization := _quantization(content)) is not None:
+        options["quantization"] = quantization
     return kind(**options) if kind is FlaxNnx else TpuInference(**options, attention_dp=attention_dp)
+
+
+def _quantization(content: Mapping[str, Any]) -> Quantization | None:
+    """The settings of an engine on simulated devices; a native JAX model does not read those of bfloat16 linears."""
+    if "setting" not in content:
+        return None
+    native = content.get("implementation") == "flax_nnx"
+    environment = {name: value for name, value in content["env"].items() if not (native and "BF16_LINEAR_" in name)}
+    return Quantization.of_environment(environment, checkpoint=content["checkpoint"], scale_form="xla_cpu")
 
 
 def _maxtext_layout(content: Mapping[str, Any]) -> MaxTextVllm:

@@ -86,12 +86,14 @@ class Recipe:
         scale: What the checkpoint calls the scale of a `weight`.
         tiled: Whether a scale is of a tile of 128 x 128; else of an output.
         description: What it does, in words.
+        dtype: Of the weights.
     """
 
     make: Callable[[Float[Array, "*batch in out"]], Quantised]
     scale: str
     tiled: bool
     description: str
+    dtype: str = "float8_e4m3fn"
 
 
 RECIPES = {
@@ -101,7 +103,7 @@ RECIPES = {
         functools.partial(channel, dtype="float8_e4m3fn"), "weight_scale", False, "compressed-tensors, per channel"
     ),
     "ct-int8": Recipe(
-        functools.partial(channel, dtype="int8"), "weight_scale", False, "compressed-tensors, per channel"
+        functools.partial(channel, dtype="int8"), "weight_scale", False, "compressed-tensors, per channel", "int8"
     ),
 }
 """By the name that `Quantization.checkpoint` and `HuggingFace` know them by."""
