@@ -86,12 +86,21 @@ class Quantization:
             QuantizationError: As the class.
         """
         given: dict[str, Any] = {
-            field.name: _parsed(field.name, environment[field.name.upper()])
-            for field in dataclasses.fields(cls)
-            if environment.get(field.name.upper())
+            name: _parsed(name, environment[variable])
+            for variable, name in cls.variables().items()
+            if environment.get(variable)
         }
         found = cls(checkpoint=checkpoint, scale_form=scale_form, **given)
         return found if found.is_of_quantised_checkpoint or found.patterns or found.experts_dtype else None
+
+    @classmethod
+    def variables(cls) -> dict[str, str]:
+        """The attribute that each environment variable of an engine sets."""
+        return {
+            field.name.upper(): field.name
+            for field in dataclasses.fields(cls)
+            if field.name not in ("checkpoint", "scale_form")
+        }
 
     @property
     def is_of_quantised_checkpoint(self) -> bool:
@@ -167,11 +176,8 @@ class Quantization:
             raise QuantizationError(f"MOE_REQUANTIZE_CLIP_PERCENTILE={percentile} is not between 0 and 100")
 
     def _check_combination(self) -> None:
-        names = {
-            field.name
-            for field in dataclasses.fields(self)
-            if field.default is not dataclasses.MISSING and getattr(self, field.name) != field.default
-        }
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        names = {name for name in self.variables().values() if getattr(self, name) != defaults[name]}
         if bool(self.requantize_block_size) != self.enable_quantized_matmul_kernel:
             raise QuantizationError(
                 "REQUANTIZE_BLOCK_SIZE and ENABLE_QUANTIZED_MATMUL_KERNEL=1 go together: the engine refuses each alone"

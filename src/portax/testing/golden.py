@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from portax.errors import GoldenError
+from portax.errors import GoldenError, QuantizationError
 from portax.layouts import FlaxNnx, HuggingFace, Layout, MaxTextVllm, Quantization, TpuInference
 from portax.testing.probe import probe
 from portax.testing.spread import edges, spread
@@ -230,8 +230,13 @@ def _quantization(content: Mapping[str, Any]) -> Quantization | None:
     if "setting" not in content:
         return None
     native = content.get("implementation") == "flax_nnx"
-    environment = {name: value for name, value in content["env"].items() if not (native and "BF16_LINEAR_" in name)}
-    return Quantization.of_environment(environment, checkpoint=content["checkpoint"], scale_form="xla_cpu")
+    try:
+        environment = {name: value for name, value in content["env"].items() if not (native and "BF16_LINEAR_" in name)}
+        if unknown := {*environment} - {*Quantization.variables()}:
+            raise QuantizationError(f"{', '.join(sorted(unknown))} is no setting that is known")
+        return Quantization.of_environment(environment, checkpoint=content["checkpoint"], scale_form="xla_cpu")
+    except (KeyError, QuantizationError) as error:
+        raise GoldenError(f"no layout reproduces weights quantised as {content['setting']}: {error}") from error
 
 
 def _maxtext_layout(content: Mapping[str, Any]) -> MaxTextVllm:
