@@ -178,7 +178,12 @@ def test_an_untested_version_on_request():
             {"head_dim": 64},
             "a native Qwen2ForCausalLM whose output projection is not tied to its embedding was not run, or",
         ),
-        (LLAMA, 2, {"logits_via_embedding": True}, "a LlamaForCausalLM with tied embeddings was not run"),
+        (
+            LLAMA,
+            2,
+            {"logits_via_embedding": True},
+            "a native LlamaForCausalLM whose embedding is its output projection",
+        ),
     ],
 )
 def test_sizes_that_the_engine_does_not_take(name, tp, changes, match):

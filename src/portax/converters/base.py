@@ -332,7 +332,7 @@ def _checked_layout(layout: Layout) -> Layout:
     if not isinstance(layout, Layout):
         known = ", ".join(kind.__name__ for kind in (TpuInference, FlaxNnx, MaxTextVllm, HuggingFace, Canonical))
         raise LayoutError(
-            f"layout={layout!r} is a {type(layout).__name__} and no layout: pass an object, such as "
+            f"layout={layout!r} is no layout: pass an object, such as "
             f'portax.layouts.TpuInference(version="0.32", tp=4); there are {known}'
         )
     return layout

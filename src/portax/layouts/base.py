@@ -177,6 +177,8 @@ class Layout(abc.ABC):
         Raises:
             LayoutError: The engine cannot hold it: a size is not divisible by the topology.
         """
+        if not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(block)):
+            raise self._unknown(block)
         float32 = isinstance(block, blocks.Param) and block.float32
         dtypes = [jnp.bfloat16 if leaf.dtype == jnp.uint16 else leaf.dtype for leaf in jax.tree.leaves(block)]
         dtype = jnp.dtype(jnp.float32) if float32 else self.dtype or jnp.result_type(*dtypes)
@@ -225,6 +227,16 @@ class Layout(abc.ABC):
                 return self.param(block)
             case blocks.TrainerParam():
                 return self.trainer_param(block)
+            case _:
+                raise self._unknown(block)
+
+    def _unknown(self, block: object) -> LayoutError:
+        kind, layout = type(block), type(self).__name__
+        return LayoutError(
+            f"a {kind.__module__}.{kind.__qualname__}, which {layout} does not know",
+            expected="a block of portax.weights.blocks, or one that the layout's pack() answers for",
+            cause="a hook returned something else than blocks, or the layout is older than the converter",
+        )
 
     def bare_linear(self, block: blocks.BareLinear) -> tuple[Tensor, ...]:
         """Holds a matrix product outside the engine's parallel layers; by default as the hub does, `[out, in]`."""
@@ -242,7 +254,9 @@ class Layout(abc.ABC):
         """
         raise LayoutError(
             f"{block.name}: {type(self).__name__} holds weights under the hub's names, which need the converter of a "
-            "model family; only an engine that runs the trainer's own model takes any tree (portax.layouts.MaxTextVllm)"
+            "model family; only an engine that runs the trainer's own model takes any tree: MaxTextVllm",
+            expected="blocks that a model family names as the hub does",
+            cause="a converter by structure alone for an engine that runs another model than the trainer's",
         )
 
     @abc.abstractmethod

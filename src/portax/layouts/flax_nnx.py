@@ -181,7 +181,9 @@ class FlaxNnx(TpuEngine):
         if kernel.ndim == 3 and block.parallel == "column":
             raise LayoutError(
                 f"{block.name}: a layer without keys and values of its own (Gemma4 E2B and E4B); the engine's native "
-                "JAX model has them in every layer: use MODEL_IMPL_TYPE=vllm and TpuInference"
+                "JAX model has them in every layer",
+                expected="keys and values in every layer",
+                cause="a family that the native model does not run: use MODEL_IMPL_TYPE=vllm and TpuInference",
             )
         if kernel.ndim == 3:
             kernel = self._wide(block.name, kernel, axis=1)
@@ -272,7 +274,9 @@ class FlaxNnx(TpuEngine):
         if not self._model.pads_heads:
             raise LayoutError(
                 f"{name}: head_dim = {width} is neither {_HEAD_UNPADDED} nor a multiple of {_HEAD_MULTIPLE}, and the "
-                f"engine's own loader refuses that for {self.architecture}: use MODEL_IMPL_TYPE=vllm and TpuInference"
+                f"engine's own loader refuses that for {self.architecture}",
+                expected=f"head_dim {_HEAD_UNPADDED}, or a multiple of {_HEAD_MULTIPLE}",
+                cause="a model that the native JAX code does not run: use MODEL_IMPL_TYPE=vllm and TpuInference",
             )
         return kernels.pad_axis(kernel, axis=axis, multiple=_HEAD_MULTIPLE)
 
@@ -322,7 +326,9 @@ class FlaxNnx(TpuEngine):
         if self._model.head is None:
             raise LayoutError(
                 f"a native {self.architecture} whose output projection is not tied to its embedding was not run, or "
-                "does not start (Qwen2.5 at 0.32.0): use MODEL_IMPL_TYPE=vllm and TpuInference"
+                "does not start (Qwen2.5 at 0.32.0)",
+                expected="a tied model (logits_via_embedding=True)",
+                cause="an untied model: use MODEL_IMPL_TYPE=vllm and TpuInference",
             )
         kernel = kernels.pad_axis(block.kernel, axis=1, multiple=self._vocab_multiple)
         cut = (None, AXIS) if self._model.pads_heads else ()
@@ -331,7 +337,11 @@ class FlaxNnx(TpuEngine):
     def tied_lm_head(self, block: blocks.TiedLMHead) -> tuple[Tensor, ...]:
         """Nothing: the embedding is the head."""
         if not self._model.tied:
-            raise LayoutError(f"a {self.architecture} with tied embeddings was not run: use TpuInference")
+            raise LayoutError(
+                f"a native {self.architecture} whose embedding is its output projection, too, was not run",
+                expected="an output projection of its own (logits_via_embedding=False)",
+                cause="a tied model: use MODEL_IMPL_TYPE=vllm and TpuInference",
+            )
         return ()
 
     @property

@@ -11,8 +11,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from portax._text.names import fold, fold_key, numbers
+from portax._text.tables import plural
+from portax.config.model_config import ModelConfig
 from portax.errors import PlanError, Problem
 from portax.layouts import Layout, Tensor
+from portax.planning import causes
 from portax.planning.plan import PROGRAMS_IN_FLIGHT, Entry, Plan, axes_of, spec_text
 from portax.planning.trace import Hooks, Trace, trace
 from portax.trainer.param_tree import ParamTree
@@ -47,12 +50,12 @@ def make_plan(
     working = 0
     for section in sections:
         traced = trace(hooks, section)
-        problems += _section_problems(section, _with_width(hooks, section, traced), state.root)
+        problems += _section_problems(section, traced, state, hooks.config)
         new = list(_entries(hooks.layout, module_prefix, section, traced, state.root))
         working = max(working, sum(entry.nbytes for entry in new) // len(section.layers))
         entries += new
         tensors_per_layer.append(len(traced.tensors))
-    problems += _depth_problems(sections, hooks.config.num_decoder_layers, state.root)
+    problems += _depth_problems(sections, hooks.config.num_decoder_layers, state.root, problems)
     problems += _entry_problems(entries, hooks.layout, strict_dtype)
     owned: tuple[str, ...] = ()
     if target is not None:
@@ -115,52 +118,49 @@ def _folded(problems: Iterable[Problem]) -> Iterable[Problem]:
     return [dataclasses.replace(problem, leaf=fold(names)[0]) for problem, names in groups.items()]
 
 
-def _with_width(hooks: Hooks, section: Section, traced: Trace) -> Trace:
-    """The same, with the field that a config lost named as the cause of MLPs that are twice as wide (Gemma4 E2B)."""
-
-    def caused(problem: Problem) -> Problem:
-        leaf = section.layers[0].leaves.get(problem.leaf)
-        if not problem.leaf.startswith("mlp/") or leaf is None or 2 * hooks.config.mlp_dim not in leaf.shape:
-            return problem
-        return dataclasses.replace(problem, cause="the config lost use_double_wide_mlp, which is true for Gemma4 E2B")
-
-    if "kv_shared" not in section.kind.types or hooks.config.use_double_wide_mlp:
-        return traced
-    return dataclasses.replace(traced, problems=tuple(map(caused, traced.problems)))
-
-
-def _section_problems(section: Section, traced: Trace, root: str) -> list[Problem]:
-    problems = [dataclasses.replace(problem, leaf=root + section.names(problem.leaf)) for problem in traced.problems]
+def _section_problems(section: Section, traced: Trace, state: ParamTree, config: ModelConfig) -> list[Problem]:
+    layer = section.layers[0]
     used = traced.used | {problem.leaf for problem in traced.problems}
-    problems += [
+    unused = [
         Problem(
-            root + section.names(path),
-            f"shape {list(section.layers[0].leaves[path].shape)}, which no hook uses",
+            path,
+            f"shape {list(layer.leaves[path].shape)}, which no hook uses",
             "only leaves that this model has",
-            "the config describes another model (tied or untied, dense or MoE), or the tree holds adapters",
+            causes.OTHER_MODEL,
         )
         for path in section.kind.paths
         if path not in used
     ]
-    return problems
+
+    def finished(problem: Problem) -> Problem:
+        path = problem.leaf
+        named = dataclasses.replace(problem, leaf=state.root + section.names(path))
+        if path not in layer.leaves and path not in traced.expected:
+            return named  # of a block, not of a leaf
+        suspect = causes.Suspect(
+            path=layer.path(path),
+            found=tuple(layer.leaves[path].shape) if path in layer.leaves else None,
+            expected=traced.expected.get(path),
+            types=section.kind.types,
+            config=config,
+            tree=state.leaves.keys(),
+            left=state.left,
+        )
+        return dataclasses.replace(named, cause=causes.likely_cause(suspect) or problem.cause)
+
+    return [finished(problem) for problem in (*traced.problems, *unused)]
 
 
-def _depth_problems(sections: Sequence[Section], expected: int, root: str) -> list[Problem]:
+def _depth_problems(sections: Sequence[Section], expected: int, root: str, others: Sequence[Problem]) -> list[Problem]:
     found = sorted(layer.index for section in sections for layer in section.layers if layer.index is not None)
     if found == list(range(expected)):
         return []
     if doubled := sorted({index for index in found if found.count(index) > 1}):
         what = f"layers {numbers(doubled)} twice"
     else:
-        what = f"{len(found)} layers, {numbers(found)}" if found else "no layers"
-    return [
-        Problem(
-            f"{root}decoder",
-            what,
-            f"{expected} layers (num_decoder_layers)",
-            "the config is of another depth, param_scan_axis is not the trainer's, or layers were lost on the way",
-        )
-    ]
+        what = f"{plural(len(found), 'layer')}, {numbers(found)}" if found else "no layers"
+    cause = causes.of_depth(problem.cause for problem in others)
+    return [Problem(f"{root}decoder", what, f"{plural(expected, 'layer')} (num_decoder_layers)", cause)]
 
 
 def _entry_problems(entries: list[Entry], layout: Layout, strict_dtype: bool) -> list[Problem]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, Shaped
 from portax.config.model_config import ModelConfig
 from portax.errors import LayoutError, Problem
 from portax.layouts import Layout, Place, Tensor, nowhere
-from portax.trainer.layer_params import LayerParams
+from portax.trainer.layer_params import Axes, LayerParams
 from portax.trainer.scan import Kind, Section
 from portax.weights.blocks import Block
 
@@ -43,12 +43,14 @@ class Trace:
         sources: For each tensor, the trainer leaves that its values come from, relative to the layer.
         used: All leaves that any block holds, those of refused blocks included.
         problems: What is wrong; leaves are named relative to the layer.
+        expected: Axes of every leaf that a hook has asked for, relative to the layer.
     """
 
     tensors: tuple[Tensor, ...]
     sources: tuple[tuple[str, ...], ...]
     used: frozenset[str]
     problems: tuple[Problem, ...]
+    expected: Mapping[str, Axes]
 
 
 def lower(
@@ -72,7 +74,7 @@ def lower(
         try:
             tensors += layout.lower(block, place)
         except LayoutError as error:
-            refused += jax.tree.leaves(block)
+            refused += [leaf for leaf in jax.tree.leaves(block) if isinstance(leaf, jax.Array)]
             leaves.problems.append(
                 Problem(
                     getattr(block, "name", type(block).__name__),
@@ -100,11 +102,13 @@ def trace(hooks: Hooks, section: Section) -> Trace:
     """Runs the hooks on shapes; no weight is touched."""
     kind = section.kind
     problems: list[Problem] = []
+    expected: dict[str, Axes] = {}
 
     def one_layer(arrays, position):
         leaves = layer_leaves(hooks, kind, arrays, position)
         held = lower(hooks, leaves, is_global=kind.is_global)
         problems.extend(leaves.problems)
+        expected.update(leaves.expected)
         return held
 
     shapes = tuple(
@@ -117,7 +121,7 @@ def trace(hooks: Hooks, section: Section) -> Trace:
     reached = _reached(jaxpr.jaxpr, marks)
     sources = [tuple(path for path, bit in zip(kind.paths, marks, strict=False) if bit & mark) for mark in reached]
     used = frozenset().union(*sources)
-    return Trace(tensors, tuple(sources[: len(tensors)]), used, tuple(problems))
+    return Trace(tensors, tuple(sources[: len(tensors)]), used, tuple(problems), expected)
 
 
 def _reached(jaxpr: Jaxpr, marks: Iterable[int]) -> list[int]:
