@@ -72,7 +72,7 @@ def measured(row, model, repeat):
         "written_bytes": sum(to.nbytes for to, _ in buffers),
         "moved_bytes": report.bytes_moved,
         "extra_bytes": max(peaks),
-        "job_bytes": max(job.nbytes for job in converter.conversion(params).jobs(2**30)),
+        "job_bytes": max(job.nbytes for job in converter.conversion(params).calls(2**30)),
     }
 
 

@@ -43,7 +43,7 @@ from portax.sync.report import SyncReport
 from portax.sync.staging import Staging
 from portax.sync.weight_sync import WeightSync
 from portax.trainer.layer_params import LayerParams
-from portax.trainer.scan import Layer, ScanPattern
+from portax.trainer.scan import LayerSlice, ScanPattern
 from portax.weights import blocks, kernels
 from portax.weights.scale_shift import ScaleShift
 
@@ -61,8 +61,8 @@ __all__ = [
     "Gemma4SmallConverter",
     "GoldenError",
     "Import",
-    "Layer",
     "LayerParams",
+    "LayerSlice",
     "LayoutError",
     "LlamaConverter",
     "MaxTextConverter",

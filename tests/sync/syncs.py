@@ -36,7 +36,7 @@ NORM, HEAD, EMBED = "vllm_model.model.norm.weight", "vllm_model.lm_head.weight",
 
 
 @contextlib.contextmanager
-def broken_at(monkeypatch, step, what=executor.Executor, name="make"):
+def broken_at(monkeypatch, step, what=executor.PreparedCall, name="__call__"):
     """The n-th call fails, and what is inside with it."""
     calls, real = itertools.count(), getattr(what, name)
 

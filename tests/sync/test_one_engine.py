@@ -44,7 +44,7 @@ def test_two_syncs_at_once_over_one_engine(monkeypatch, seen_as):
     others = seen_as(state)
     first, second = (portax.WeightSync(converter_of(DENSE), seen) for seen in (state, others))
     first(params)
-    reached, release, real = threading.Event(), threading.Event(), executor.Executor.make
+    reached, release, real = threading.Event(), threading.Event(), executor.PreparedCall.__call__
     calls = []
 
     def slow(*args, **kwargs):
@@ -54,7 +54,7 @@ def test_two_syncs_at_once_over_one_engine(monkeypatch, seen_as):
             release.wait(30)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(executor.Executor, "make", slow)
+    monkeypatch.setattr(executor.PreparedCall, "__call__", slow)
     worker = threading.Thread(target=first, args=(params,))
     worker.start()
     assert reached.wait(30)
@@ -75,7 +75,7 @@ def test_two_engines_are_synced_at_the_same_time(monkeypatch):
     first, _, params, _ = made(DENSE)
     second, state, _, golden = made(DENSE)
     first(params)
-    real, inside = executor.Executor.make, []
+    real, inside = executor.PreparedCall.__call__, []
 
     def nested(*args, **kwargs):
         if not inside:
@@ -83,7 +83,7 @@ def test_two_engines_are_synced_at_the_same_time(monkeypatch):
             inside.append(second(params))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(executor.Executor, "make", nested)
+    monkeypatch.setattr(executor.PreparedCall, "__call__", nested)
     assert first(params).version == 2
     assert wrong(state, golden) == []
 
@@ -120,7 +120,7 @@ def test_an_interrupted_sync_leaves_the_engine_free(monkeypatch):
     sync, state, params, golden = made(DENSE)
     kept = []
     with monkeypatch.context() as patch:
-        patch.setattr(executor.Executor, "make", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(executor.PreparedCall, "__call__", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt) as caught:
                 sync(params)

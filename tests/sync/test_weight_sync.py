@@ -169,7 +169,7 @@ def test_programs_write_into_the_engine_and_need_a_bucket_at_most(name):
     bucket_bytes = 2**18
     sync, _, params, _ = made(name, trainer=grid(0, 8, fsdp=8), bucket_bytes=bucket_bytes)
     conversion = sync._planned(params)
-    for job in conversion.jobs(bucket_bytes):
+    for job in conversion.calls(bucket_bytes):
         memory = conversion.compile(job, sync._shardings(job), donating=True).compiled.memory_analysis()
         assert memory.output_size_in_bytes - memory.alias_size_in_bytes <= 8 * len(job.entries)  # pointers
         assert job.nbytes <= bucket_bytes // 2 or len(job.entries) == 1
@@ -398,14 +398,14 @@ def test_an_engine_that_was_given_the_trainers_arrays():
 def test_two_syncs_at_once(monkeypatch):
     sync, _, params, _ = made(DENSE)
     sync(params)
-    reached, release, real = threading.Event(), threading.Event(), executor.Executor.make
+    reached, release, real = threading.Event(), threading.Event(), executor.PreparedCall.__call__
 
     def slow(*args, **kwargs):
         reached.set()
         release.wait(30)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(executor.Executor, "make", slow)
+    monkeypatch.setattr(executor.PreparedCall, "__call__", slow)
     worker = threading.Thread(target=sync, args=(params,))
     worker.start()
     reached.wait(30)

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,9 +15,10 @@ from rich.console import Group, RenderableType
 
 from portax._text.report import Report
 from portax._text.tables import new_table, plural, size, text_lines
+from portax.analysis.hlo_collectives import received_bytes
 from portax.converters.base import BaseConverter
 from portax.execution.byte_counts import byte_count
-from portax.execution.schedule import Job
+from portax.execution.schedule import ProgramCall
 from portax.trainer.logical_axes import partition
 
 
@@ -167,19 +168,20 @@ def estimate(
     conversion = converter.conversion(params)
     source = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in params.values())
     costs = []
-    for jobs in _alike(conversion.jobs(bucket_bytes)):
-        job = jobs[0]
-        targets = tuple(NamedSharding(engine, entry.spec) for entry in job.entries)
+    for calls in _alike(conversion.calls(bucket_bytes)):
+        call = calls[0]
+        targets = tuple(NamedSharding(engine, entry.spec) for entry in call.entries)
         start = time.perf_counter()
-        program = conversion.compile(job, targets, donating=True)
+        compiled = conversion.compile(call, targets, donating=True)
         seconds = time.perf_counter() - start
         written = sum(
             math.prod(target.shard_shape(entry.shape)) * entry.dtype.itemsize
-            for target, entry in zip(targets, job.entries, strict=True)
+            for target, entry in zip(targets, call.entries, strict=True)
         )
-        received = None if program.received is None else program.received // engine.size
-        memory: Any = program.compiled.memory_analysis()
-        costs.append(Cost(_what(jobs), len(jobs), seconds, written, received, memory.temp_size_in_bytes))
+        everywhere = received_bytes(compiled.as_text() or "", engine.size)
+        received = None if everywhere is None else everywhere // engine.size
+        memory: Any = compiled.memory_analysis()
+        costs.append(Cost(_what(calls), len(calls), seconds, written, received, memory.temp_size_in_bytes))
     return Estimate(dict(trainer.shape), dict(engine.shape), source, tuple(costs))
 
 
@@ -224,16 +226,16 @@ def simulated_mesh(axes: Mapping[str, int]) -> Mesh:
     return Mesh(np.array(jax.devices("cpu")[: math.prod(axes.values())]).reshape([*axes.values()]), tuple(axes))
 
 
-def _alike(jobs: Iterator[Job]) -> list[list[Job]]:
+def _alike(calls: Iterable[ProgramCall]) -> list[list[ProgramCall]]:
     """Jobs that one program does."""
-    found: dict[Any, list[Job]] = {}
-    for job in jobs:
-        found.setdefault((job.section.kind, job.tensors.start), []).append(job)
+    found: dict[Any, list[ProgramCall]] = {}
+    for call in calls:
+        found.setdefault((id(call.group), call.tensors.start), []).append(call)
     return [*found.values()]
 
 
-def _what(jobs: list[Job]) -> str:
-    first = jobs[0]
+def _what(calls: list[ProgramCall]) -> str:
+    first = calls[0]
     part = (
         ""
         if first.tensors.start == 0 and first.last
@@ -241,7 +243,7 @@ def _what(jobs: list[Job]) -> str:
     )
     if first.layer.index is None:
         return f"outside the layers{part}"
-    others = f" and {len(jobs) - 1} like it" if len(jobs) > 1 else ""
+    others = f" and {len(calls) - 1} like it" if len(calls) > 1 else ""
     return f"layer {first.layer.index}{others}{part}"
 
 

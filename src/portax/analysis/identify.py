@@ -13,7 +13,7 @@ from portax.errors import ConfigError, PortaxError
 from portax.layouts import Canonical
 from portax.trainer import param_tree
 from portax.trainer.layer_params import LayerParams
-from portax.trainer.scan import Section
+from portax.trainer.scan import LayerGroup
 from portax.weights.scale_shift import ScaleShift
 
 _SWITCHES = (
@@ -119,22 +119,22 @@ def _match(family: type[BaseConverter], example: ModelConfig, state: param_tree.
 def _compared(family: type[BaseConverter], config: ModelConfig, state: param_tree.ParamTree) -> Match:
     """Sizes follow from what the family's hooks call the axes of each leaf."""
     layout = Canonical()
-    found = family(config, layout=layout).sections(state)
-    layers = [layer for section in found for layer in section.layers if not section.kind.is_global]
+    found = family(config, layout=layout).groups(state)
+    layers = [layer for group in found for layer in group.layers if not group.is_global]
     told: dict[str, Any] = {"num_decoder_layers": max(len(layers), 1)}
     if config.num_kv_shared_layers:
         told["num_kv_shared_layers"] = sum(_OWN_KEYS not in layer.leaves for layer in layers)
     converter = family(dataclasses.replace(config, **told), layout=layout)
     odd: list[str] = []
     equations: dict[str, set[int]] = {"num_decoder_layers": {told["num_decoder_layers"]}}
-    for section in converter.sections(state):
-        read = _read(converter, section)
-        odd += [section.names(path) for path in read.keys() ^ {*section.kind.paths}]
-        for path in read.keys() & {*section.kind.paths}:
-            dims = _without_scan(section, section.layers[0].leaves[path].shape, config.param_scan_axis)
+    for group in converter.groups(state):
+        read = _read(converter, group)
+        odd += [group.names(path) for path in read.keys() ^ {*group.paths}]
+        for path in read.keys() & {*group.paths}:
+            dims = _without_scan(group, group.layers[0].leaves[path].shape, config.param_scan_axis)
             names = read[path].split()
             if len(names) != len(dims):
-                odd.append(section.names(path))
+                odd.append(group.names(path))
             for name, dim in zip(names, dims, strict=False):
                 equations.setdefault(name, set()).add(dim)
     sizes = _solve(equations, {name: getattr(converter.config, name) for name in _SWITCHES})
@@ -167,12 +167,11 @@ def _solved(config: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig | None
         return None
 
 
-def _read(converter: BaseConverter, section: Section) -> Mapping[str, str]:
+def _read(converter: BaseConverter, group: LayerGroup) -> Mapping[str, str]:
     """Which leaves the hooks read of one layer, and what they call the size of each axis."""
-    kind = section.kind
-    leaves = _Listening(kind.paths, converter.config, types=kind.types)
-    hook = converter.global_weights if kind.is_global else converter.layer_blocks
-    jax.eval_shape(lambda: jax.tree.leaves(hook(leaves)))
+    leaves = _Listening(group.paths, converter.config, types=group.types)
+    hook = converter.global_weights if group.is_global else converter.layer_blocks
+    jax.eval_shape(lambda: jax.tree.leaves(tuple(hook(leaves))))
     return leaves.axes
 
 
@@ -188,8 +187,8 @@ class _Listening(LayerParams):
         return super().read(path, axes, scale_shift)
 
 
-def _without_scan(section: Section, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    return shape[:axis] + shape[axis + len(section.kind.scan) :]
+def _without_scan(group: LayerGroup, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + len(group.scan) :]
 
 
 def _solve(equations: Mapping[str, set[int]], known: Mapping[str, int]) -> dict[str, int]:

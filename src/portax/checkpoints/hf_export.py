@@ -24,7 +24,7 @@ from portax.checkpoints.safetensors_shards import Shard, index, make_shards
 from portax.checkpoints.safetensors_writer import Part, ShardWriter
 from portax.converters.base import BaseConverter
 from portax.execution.byte_counts import byte_count
-from portax.execution.schedule import jobs
+from portax.execution.schedule import schedule
 from portax.planning.plan import Entry, Plan
 
 if TYPE_CHECKING:
@@ -159,8 +159,11 @@ class _Work:
     def order(self) -> Iterator[Entry]:
         """The tensors, as they are made."""
         whole = {entry.name for entry in self._conversion.plan.entries} - {entry.name for entry in self._in_pieces}
-        for job in jobs(self._conversion.plan, self._conversion.sections, self._bucket_bytes, whole, by_stack=True):
-            yield from job.entries
+        leaves = self._conversion.tree.leaves
+        for call in schedule(
+            self._conversion.plan, self._conversion.groups, self._bucket_bytes, whole, stacks_of=leaves
+        ):
+            yield from call.entries
         yield from self._in_pieces
 
     def parts(self, names: set[str]) -> Iterator[dict[Part, Shaped[Array, "..."]]]:
@@ -173,4 +176,4 @@ class _Work:
             for first, piece in vocab_chunks.pieces(self._converter, self._params, entry, self._bucket_bytes):
                 yield {(entry.name, first * entry.nbytes // entry.shape[0]): piece}
             for source in entry.sources:
-                self._conversion.state.rooted[source].release()
+                self._conversion.tree.rooted[source].release()

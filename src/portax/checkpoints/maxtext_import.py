@@ -91,12 +91,11 @@ def import_checkpoint(
     folder = pathlib.Path(folder)
     refuse_existing(folder)
     restoration = converter.restoration(weights, scanned=scanned, dtype=dtype)
-    scan_axis = converter.config.param_scan_axis
     report = progress or (lambda _: None)
 
     def fill(stores: Stores) -> None:
         for layer, leaves in restoration:
-            stores.write({_ROOT + path: leaf for path, leaf in leaves.items()}, layer.place(scan_axis))
+            stores.write({_ROOT + path: (restoration.at(layer, path), leaf) for path, leaf in leaves.items()})
             report(sum(leaf.nbytes for leaf in leaves.values()))
 
     with atomic_dir(folder, None) as unfinished:

@@ -81,19 +81,19 @@ class Stores:
     def __exit__(self, *_: object) -> None:
         _settle(itertools.chain.from_iterable(self._layers))
 
-    def write(self, parts: Mapping[str, np.ndarray], at: Any) -> None:
+    def write(self, parts: Mapping[str, tuple[Any, np.ndarray]]) -> None:
         """Writes one layer's parts; returns as soon as those of the layer before are written.
 
         Args:
-            parts: The parts by the path of their array; they must not change any more.
-            at: Where in its array each of them is, as an index.
+            parts: By the path of its array, each part's place there, as an index, and the part, which must not change
+                any more.
 
         Raises:
             OSError: The disk is full, or does not work.
         """
         layer: list[Any] = []
         self._layers.append(layer)
-        for path, part in parts.items():
+        for path, (at, part) in parts.items():
             layer.append(self._stores[path][at].write(part))
         self.wait(1)
 

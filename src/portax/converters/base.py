@@ -17,9 +17,10 @@ from portax.execution import executor
 from portax.execution.byte_counts import byte_count
 from portax.execution.inverse import Restoration
 from portax.layouts import Canonical, FlaxNnx, HuggingFace, Layout, MaxTextVllm, TpuInference
+from portax.planning.jax_context import in_own_context
 from portax.planning.plan import Plan
 from portax.planning.planner import make_plan
-from portax.planning.trace import Hooks, lower
+from portax.planning.trace import Hooks
 from portax.trainer import param_tree, scan
 from portax.trainer.flatten import flatten, unbox
 from portax.trainer.layer_params import Axes, LayerParams
@@ -80,7 +81,7 @@ class BaseConverter(PlainDecoder):
         self.layout = layout.for_architecture(self.architecture)
         self.strict_dtype = strict_dtype
         self.leave = _patterns(leave)
-        self._plans: dict[Any, Plan] = {}
+        self._plans: dict[Any, tuple[Plan, tuple[scan.LayerGroup, ...]]] = {}
         self._hooks: Hooks = self
         if self.layout.names == "trainer" and not self.by_structure:
             self._hooks = TrainerNames(self.config, self.layout, self)
@@ -88,6 +89,7 @@ class BaseConverter(PlainDecoder):
         self._check_config()
         _check_mesh(mesh, self.layout)
 
+    @in_own_context
     def plan(
         self, params: Params, target: Mapping[str, Any] | None = None, *, strict_dtype: bool | None = None
     ) -> Plan:
@@ -104,8 +106,12 @@ class BaseConverter(PlainDecoder):
         Raises:
             PlanError: Anything is missing, left over, of another shape or kind. Names everything at once.
         """
-        state = self.read(params)
-        return self._plan(state, self.sections(state), target, strict_dtype)
+        tree = self.read(params)
+        strict = self.strict_dtype if strict_dtype is None else strict_dtype
+        if target is None:
+            return self._planned(tree, strict)[0]
+        target = {".".join(path): unbox(leaf) for path, leaf in flatten(target)}
+        return make_plan(self._hooks, self.module_prefix, tree, self.groups(tree), target=target, strict_dtype=strict)
 
     def read(self, params: Params) -> ParamTree:
         """The trainer's parameters as a flat mapping, without those that are to be left out.
@@ -116,10 +122,11 @@ class BaseConverter(PlainDecoder):
         Raises:
             PlanError: This is no tree of arrays, there are others beside it, or a pattern of `leave` matches nothing.
         """
-        state = param_tree.read(params, self.leave)
-        param_tree.refuse_strangers(state)
-        return state
+        tree = param_tree.read(params, self.leave)
+        param_tree.refuse_strangers(tree)
+        return tree
 
+    @in_own_context
     def plan_into(self, target: Mapping[str, Any]) -> Plan:
         """What a sync into this engine writes, planned without a trainer's tree: of the one that the config implies.
 
@@ -132,6 +139,7 @@ class BaseConverter(PlainDecoder):
         """
         return self.plan(param_tree.read(self.expected_tree()), target)
 
+    @in_own_context
     def convert(self, params: Params, *, strict_dtype: bool | None = None) -> Weights:
         """All of the engine's weights.
 
@@ -171,6 +179,7 @@ class BaseConverter(PlainDecoder):
         """
         return self._buckets(params, byte_count("bucket_bytes", bucket_bytes), None, only)
 
+    @in_own_context
     def restore(self, weights: Mapping[str, Any], *, scanned: bool = True, dtype: Any = None) -> dict[str, np.ndarray]:
         """The trainer's tree that these tensors were, or would have been, converted from.
 
@@ -190,6 +199,7 @@ class BaseConverter(PlainDecoder):
         """
         return self.restoration(weights, scanned=scanned, dtype=dtype).tree()
 
+    @in_own_context
     def restoration(self, weights: Mapping[str, Any], *, scanned: bool = True, dtype: Any = None) -> Restoration:
         """A planned way back, to be carried out layer by layer, as `import_checkpoint` does.
 
@@ -201,10 +211,11 @@ class BaseConverter(PlainDecoder):
         Raises:
             PlanError: As `restore`.
         """
-        state = param_tree.read(self.expected_tree(scanned=scanned))
-        sections = self.sections(state)
-        return Restoration(self, self._plan(state, sections, None, False), sections, weights, dtype)
+        tree = param_tree.read(self.expected_tree(scanned=scanned))
+        plan, groups = self._planned(tree, False)
+        return Restoration(self, plan, groups, weights, dtype)
 
+    @in_own_context
     def expected_tree(
         self,
         *,
@@ -239,7 +250,8 @@ class BaseConverter(PlainDecoder):
         }
 
     def _expected(self, leaves: LayerParams, is_global: bool = False) -> dict[str, Axes]:
-        jax.eval_shape(lambda: lower(self._hooks, leaves, is_global=is_global))
+        hook = self._hooks.global_weights if is_global else self._hooks.layer_blocks
+        jax.eval_shape(lambda: jax.tree.leaves(tuple(hook(leaves))))
         return leaves.expected
 
     def _check_config(self) -> None:
@@ -271,6 +283,7 @@ class BaseConverter(PlainDecoder):
             leave=self.leave,
         )
 
+    @in_own_context
     def conversion(self, params: Params, *, strict_dtype: bool | None = None) -> executor.Conversion:
         """A planned conversion, to be carried out piece by piece, as `WeightSync` does.
 
@@ -281,11 +294,10 @@ class BaseConverter(PlainDecoder):
         Raises:
             PlanError: As `plan`; also for arrays that cannot be read, and for tracers.
         """
-        state = self.read(params)
-        param_tree.refuse_tracers(state)
-        sections = self.sections(state)
-        plan = self._plan(state, sections, None, strict_dtype)
-        return executor.Conversion(plan, state, sections, self._executor)
+        tree = self.read(params)
+        param_tree.refuse_tracers(tree)
+        plan, groups = self._planned(tree, self.strict_dtype if strict_dtype is None else strict_dtype)
+        return executor.Conversion(plan, tree, groups, self._executor)
 
     def _buckets(
         self,
@@ -296,35 +308,32 @@ class BaseConverter(PlainDecoder):
     ) -> Iterator[Weights]:
         return self.conversion(params, strict_dtype=strict_dtype).buckets(bucket_bytes, only)
 
-    def sections(self, state: ParamTree) -> tuple[scan.Section, ...]:
-        """The layers of each kind in a flat state.
+    def scan_axis(self, path: str) -> int:
+        """Returns the first scan axis of a stacked leaf, given its path relative to the layer."""
+        return self.config.param_scan_axis
+
+    def groups(self, tree: param_tree.ParamTree) -> tuple[scan.LayerGroup, ...]:
+        """Returns the layers of a tree, grouped by what they hold.
 
         Raises:
             PlanError: Stacks of two forms are mixed.
         """
-        return scan.sections(state, self.config.param_scan_axis, self._types_of)
+        shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in tree.leaves.items()}
+        return scan.layer_groups(shapes, tree.root, self.scan_axis, self._types_of)
 
-    def _types_of(self, found: Sequence[scan.Layer]) -> list[scan.LayerTypes]:
+    def _types_of(self, found: Sequence[scan.LayerSlice]) -> list[scan.LayerTypes]:
         numbers = [layer.index or 0 for layer in found]
         known = self.layer_types(found, max(numbers, default=-1) + 1)
         return [known[number] | self.layout.layer_types(number, self.module_prefix) for number in numbers]
 
-    def _plan(
-        self,
-        state: ParamTree,
-        sections: tuple[scan.Section, ...],
-        target: Mapping[str, Any] | None,
-        strict_dtype: bool | None,
-    ) -> Plan:
-        strict = self.strict_dtype if strict_dtype is None else strict_dtype
-        if target is not None:
-            target = {".".join(path): unbox(leaf) for path, leaf in flatten(target)}
-            return make_plan(self._hooks, self.module_prefix, state, sections, target=target, strict_dtype=strict)
-        leaves = tuple((path, leaf.shape, np.dtype(leaf.dtype)) for path, leaf in state.leaves.items())
-        signature = (strict, state.root, state.ignored, state.left, leaves)
+    def _planned(self, tree: param_tree.ParamTree, strict: bool) -> tuple[Plan, tuple[scan.LayerGroup, ...]]:
+        """The plan of a tree and its groups; those of the last tree that was alike are taken again."""
+        leaves = tuple((path, tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in tree.leaves.items())
+        signature = (strict, tree.root, tree.ignored, tree.left, leaves)
         if signature not in self._plans:
-            plan = make_plan(self._hooks, self.module_prefix, state, sections, target=None, strict_dtype=strict)
-            self._plans = {signature: plan}
+            groups = self.groups(tree)
+            plan = make_plan(self._hooks, self.module_prefix, tree, groups, target=None, strict_dtype=strict)
+            self._plans = {signature: (plan, groups)}
         return self._plans[signature]
 
 

@@ -59,7 +59,7 @@ class PlainDecoder:
         """How the hub's norm weights follow from the trainer's; None if they are the same."""
         return None
 
-    def layer_cycle(self, found: Sequence[scan.Layer]) -> tuple[scan.LayerTypes, ...]:
+    def layer_cycle(self, found: Sequence[scan.LayerSlice]) -> tuple[scan.LayerTypes, ...]:
         """What is special about each layer, up to where it repeats; by default all layers are the same.
 
         Args:
@@ -67,7 +67,7 @@ class PlainDecoder:
         """
         return (frozenset(),)
 
-    def layer_types(self, found: Sequence[scan.Layer], depth: int) -> list[scan.LayerTypes]:
+    def layer_types(self, found: Sequence[scan.LayerSlice], depth: int) -> list[scan.LayerTypes]:
         """What is special about each of the first `depth` layers."""
         return list(itertools.islice(itertools.cycle(self.layer_cycle(found)), depth))
 

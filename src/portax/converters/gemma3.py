@@ -10,7 +10,7 @@ import numpy as np
 from portax.converters.base import BaseConverter
 from portax.converters.decoder import Blocks
 from portax.trainer.layer_params import LayerParams
-from portax.trainer.scan import Layer, LayerTypes, ScanPattern
+from portax.trainer.scan import LayerSlice, LayerTypes, ScanPattern
 from portax.weights.scale_shift import ScaleShift
 
 
@@ -41,7 +41,7 @@ class Gemma3Converter(BaseConverter):
         """MaxText keeps what a norm multiplies with, the hub what it adds to one."""
         return ScaleShift(minus=1.0)
 
-    def layer_cycle(self, found: Sequence[Layer]) -> tuple[LayerTypes, ...]:
+    def layer_cycle(self, found: Sequence[LayerSlice]) -> tuple[LayerTypes, ...]:
         """Six layers, whose weights are alike (MaxText 0.2.5, models/gemma3.py)."""
         return (frozenset(),) * 6
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from portax.converters.decoder import Blocks
 from portax.converters.gemma3 import Gemma3Converter
 from portax.trainer.layer_params import LayerParams
-from portax.trainer.scan import Layer, LayerTypes, ScanPattern
+from portax.trainer.scan import LayerSlice, LayerTypes, ScanPattern
 from portax.weights import blocks
 from portax.weights.scale_shift import ScaleShift
 
@@ -39,7 +39,7 @@ class Gemma4Converter(Gemma3Converter):
         """As the hub's, unlike Gemma3's."""
         return None
 
-    def layer_cycle(self, found: Sequence[Layer]) -> tuple[LayerTypes, ...]:
+    def layer_cycle(self, found: Sequence[LayerSlice]) -> tuple[LayerTypes, ...]:
         """Local layers, then a global one: 6 together (MaxText 0.2.5, models/gemma4.py) unless the config tells."""
         period = self.config.inhomogeneous_layer_cycle_interval
         return (*(_LOCAL,) * (5 if period == 1 else period - 1), _GLOBAL)

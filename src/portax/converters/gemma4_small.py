@@ -9,7 +9,7 @@ from portax.converters.gemma4 import Gemma4Converter
 from portax.errors import ConfigError, PlanError
 from portax.planning.plan import Plan
 from portax.trainer.layer_params import LayerParams
-from portax.trainer.scan import Layer, LayerTypes
+from portax.trainer.scan import LayerSlice, LayerTypes
 from portax.weights import blocks
 
 
@@ -23,7 +23,7 @@ class Gemma4SmallConverter(Gemma4Converter):
     required = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
     scan_pattern = None
 
-    def layer_cycle(self, found: Sequence[Layer]) -> tuple[LayerTypes, ...]:
+    def layer_cycle(self, found: Sequence[LayerSlice]) -> tuple[LayerTypes, ...]:
         """Four (E2B) or five (E4B) local layers, then a global one.
 
         MaxText tells the two apart by the model's name. Here the config's cycle interval does, or else the first layer
@@ -60,7 +60,7 @@ class Gemma4SmallConverter(Gemma4Converter):
                 misfits.append(error)
         raise min(misfits, key=lambda error: len(error.problems))
 
-    def layer_types(self, found: Sequence[Layer], depth: int) -> list[LayerTypes]:
+    def layer_types(self, found: Sequence[LayerSlice], depth: int) -> list[LayerTypes]:
         """The last layers use the keys and values of earlier ones."""
         first_shared = self.config.num_decoder_layers - self.config.num_kv_shared_layers
         types = super().layer_types(found, depth)
@@ -109,6 +109,6 @@ class Gemma4SmallConverter(Gemma4Converter):
         return self.gated_mlp(layer, "mlp", "mlp", width="2*mlp_dim" if wide else "mlp_dim")
 
 
-def _head_dim(layer: Layer) -> int | None:
+def _head_dim(layer: LayerSlice) -> int | None:
     query = layer.leaves.get("self_attention/query/kernel")
     return None if query is None else query.shape[-1]

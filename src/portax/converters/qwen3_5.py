@@ -8,7 +8,7 @@ from jaxtyping import Array, Shaped
 from portax.converters.base import BaseConverter
 from portax.converters.decoder import Blocks
 from portax.trainer.layer_params import LayerParams
-from portax.trainer.scan import Layer, LayerTypes, ScanPattern
+from portax.trainer.scan import LayerSlice, LayerTypes, ScanPattern
 from portax.weights import blocks
 
 _LINEAR: LayerTypes = frozenset({"linear_attention"})
@@ -36,7 +36,7 @@ class Qwen3_5Converter(BaseConverter):  # noqa: N801
         """As the hub's `config.json` says."""
         return "Qwen3_5MoeForConditionalGeneration"
 
-    def layer_cycle(self, found: Sequence[Layer]) -> tuple[LayerTypes, ...]:
+    def layer_cycle(self, found: Sequence[LayerSlice]) -> tuple[LayerTypes, ...]:
         """Linear attention, and full attention in the last layer of a cycle."""
         return (*(_LINEAR,) * (self.config.inhomogeneous_layer_cycle_interval - 1), _FULL)
 

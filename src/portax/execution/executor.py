@@ -1,127 +1,128 @@
-"""Carries out a plan: one compiled program for each kind of layer, a bounded number of layers at a time."""
+"""Carries out a plan: one compiled program for each group of layers, a bounded number of layers at a time."""
 
 import collections
 import dataclasses
 import functools
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jaxtyping import Array, Shaped
 
-from portax.analysis.hlo_collectives import received_bytes
-from portax.errors import PlanError, Problem, SyncError
-from portax.execution.inputs import Reader, spread
-from portax.execution.reshard import Placer
-from portax.execution.schedule import Job, jobs
+from portax.execution import _compat
+from portax.execution.inputs import Input, Inputs, source_sharding, tree_sharding
+from portax.execution.propagate import Cuts, cuts_of, forwards, spec_of
+from portax.execution.reshard import lower
+from portax.execution.schedule import ProgramCall, schedule
+from portax.execution.sharding import (
+    automatic,
+    automatic_axes,
+    check_arrays,
+    device_order,
+    mesh_of,
+    on_sharding,
+    reachable,
+    replicated,
+    spread,
+)
+from portax.planning.jax_context import each_in_own_context
 from portax.planning.plan import PROGRAMS_IN_FLIGHT, Plan
-from portax.planning.trace import Hooks, layer_leaves, lower
+from portax.planning.trace import Hooks, HookTrace, trace_hooks
+from portax.trainer.layer_params import own_shape
 from portax.trainer.param_tree import ParamTree
-from portax.trainer.scan import Kind, Section
-
-
-def check_arrays(state: ParamTree) -> None:
-    """Raises a `PlanError` if any leaf has no values to convert, or if leaves are spread over different devices."""
-    problems = []
-    devices: dict[tuple, str] = {}
-    for path, leaf in state.leaves.items():
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            cause = "shapes are enough for plan(), not for convert()"
-            problems.append(Problem(state.root + path, "a shape", "an array", cause))
-        elif isinstance(leaf, jax.Array) and leaf.is_deleted():
-            cause = "it was donated to another program, or freed, before the conversion"
-            problems.append(Problem(state.root + path, "a deleted array", "a live array", cause))
-        elif isinstance(leaf, jax.Array) and leaf.committed:
-            devices.setdefault(device_order(leaf.sharding), path)
-    if len(devices) > 1:
-        found = "; ".join(f"{path} on {[d.id for d in order]}" for order, path in devices.items())
-        cause = "part of the state was moved or restored onto other devices than the rest"
-        problems.append(Problem("params", found, "all leaves on the same devices, in one order", cause))
-    if problems:
-        raise PlanError(problems)
-
+from portax.trainer.scan import LayerGroup
+from portax.weights import bits, kernels
 
 Arrays: TypeAlias = tuple[Shaped[Array, "..."], ...]
+Targets: TypeAlias = tuple[Sharding, ...] | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedCall:
+    """A call with everything that does not change from one tree to the next.
+
+    Attributes:
+        call: What is made.
+        program: Makes it; to be called with the layer's arrays, its position, and donors.
+        position: Index of the layer on each scan axis, on the source's devices.
+        wanted: Partitioning of each result in the program; None leaves it to the compiler.
+        results: The shardings that results get, which may spell the same otherwise.
+    """
+
+    call: ProgramCall
+    program: Any
+    position: Shaped[Array, " depth"]
+    wanted: Targets
+    results: Targets
+
+    def __call__(self, inputs: Inputs, donors: Arrays = ()) -> Arrays:
+        """Makes the tensors.
+
+        Args:
+            inputs: The tree that they are made of.
+            donors: Arrays whose buffers the results take over, partitioned as the results, on the source's devices.
+        """
+        outputs = self.program(inputs.arrays(self.call), self.position, tuple(map(automatic_axes, donors)))
+        if self.results is None:
+            return outputs
+        return tuple(on_sharding(output, target) for output, target in zip(outputs, self.results, strict=True))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Conversion:
-    """A plan, the weights that it is for, and what carries it out, a job at a time.
+    """A plan, the weights that it is for, and the executor that carries it out.
 
     Attributes:
         plan: The plan.
-        state: The trainer's weights, or their shapes.
-        sections: The same, as layers of each kind.
+        tree: The trainer's weights, or their shapes.
+        groups: The same, as groups of layers.
         executor: The converter's.
     """
 
     plan: Plan
-    state: ParamTree
-    sections: tuple[Section, ...]
+    tree: ParamTree
+    groups: tuple[LayerGroup, ...]
     executor: "Executor"
 
-    def jobs(self, bucket_bytes: int | None) -> Iterator[Job]:
-        """The work, in order: a layer at a time, or parts of one that need no more memory than a bucket.
+    def calls(self, bucket_bytes: int | None) -> tuple[ProgramCall, ...]:
+        """Returns the work, in order: a layer at a time, or parts of one that need no more memory than a bucket.
 
-        What moves between devices is there twice, as it is sent and as it arrives: a job makes half a bucket.
+        What moves between devices is there twice, as it is sent and as it arrives: a call makes half a bucket.
         """
-        return jobs(self.plan, self.sections, bucket_bytes and max(bucket_bytes // 2, 1))
+        return self.executor.calls(self.plan, self.groups, bucket_bytes and max(bucket_bytes // 2, 1))
+
+    def inputs(self, mesh: Mesh | None = None) -> Inputs:
+        """Returns what gives calls their arguments; `mesh` is where leaves on disk are read to."""
+        return Inputs(self.tree, mesh)
 
     def buckets(
         self, bucket_bytes: int | None, only: Container[str] | None = None, *, by_stack: bool = False
     ) -> Iterator[dict[str, Shaped[Array, "..."]]]:
-        """All weights, or some of them, made when they are asked for.
+        """Yields all weights, or some of them, each bucket made when it is asked for.
 
         Args:
             bucket_bytes: Most bytes in a bucket, where leaves permit; None makes each layer a bucket.
             only: Names of the weights that are wanted; None for all.
-            by_stack: In the order of the trainer's stacks instead of layer by layer; see `jobs`.
+            by_stack: In the order of the trainer's stacks on disk instead of layer by layer; see `schedule`.
 
         Raises:
             PlanError: There are shapes in place of values, or leaves on different devices.
         """
-        check_arrays(self.state)
-        work = jobs(self.plan, self.sections, bucket_bytes, only, by_stack=by_stack)
-        return self.executor.run(map(self._alive, work), bucket_bytes)
+        check_arrays(self.tree)
+        work = schedule(self.plan, self.groups, bucket_bytes, only, stacks_of=self.tree.leaves if by_stack else None)
+        return each_in_own_context(self.executor.run(self, work, bucket_bytes))
 
-    def _alive(self, job: Job) -> Job:
-        """Raises a `SyncError` if a leaf of the trainer has been freed since the first job was done."""
-        for path, leaf in zip(job.section.kind.paths, job.section.arrays(job.layer), strict=True):
-            if isinstance(leaf, jax.Array) and leaf.is_deleted():
-                raise SyncError(
-                    f"{self.state.root}{job.layer.path(path)}: found a deleted array; expected a live one until the "
-                    "last bucket is made. Likely cause: it was freed, or donated to the next training step, between "
-                    "two buckets: take all of them before that"
-                )
-        return job
+    def prepare(self, call: ProgramCall, targets: Targets, *, donating: bool) -> PreparedCall:
+        """As `Executor.prepare`."""
+        return self.executor.prepare(self, call, targets, donating=donating)
 
-    def make(self, job: Job, targets: tuple[Sharding, ...], donors: Arrays = ()) -> Arrays:
-        """As `Executor.make`.
-
-        Raises:
-            SyncError: A leaf of the trainer was freed since the first job was done.
-        """
-        self._alive(job)
-        return self.executor.make(job, targets, donors)
-
-    def compile(self, job: Job, targets: tuple[Sharding, ...], *, donating: bool) -> "Program":
+    def compile(self, call: ProgramCall, targets: tuple[Sharding, ...], *, donating: bool) -> jax.stages.Compiled:
         """As `Executor.compile`."""
-        return self.executor.compile(job, targets, donating=donating)
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What makes the tensors of one kind of job.
-
-    Attributes:
-        compiled: To be called with the layer's arrays, its position, and donors.
-        received: Bytes that all devices together receive from others in one call; None if that cannot be read.
-    """
-
-    compiled: jax.stages.Compiled
-    received: int | None
+        return self.executor.compile(self, call, targets, donating=donating)
 
 
 class Executor:
@@ -130,234 +131,215 @@ class Executor:
     def __init__(self, hooks: Hooks, mesh: Mesh | None):
         self._hooks = hooks
         self._mesh = mesh
+        self._traces: dict[Any, HookTrace] = {}
         self._programs: dict[Any, Any] = {}
-        self._compiled: dict[Any, Program] = {}
+        self._compiled: dict[Any, jax.stages.Compiled] = {}
         self._positions: dict[Any, jax.Array] = {}
-        self._unnamed: dict[Any, Mesh] = {}
-        self._reader = Reader(hooks.config.param_scan_axis)
+        self._calls: dict[Any, tuple[Plan, tuple[ProgramCall, ...]]] = {}
 
-    def run(self, work: Iterable[Job], bucket_bytes: int | None) -> Iterator[dict[str, Shaped[Array, "..."]]]:
+    def calls(self, plan: Plan, groups: tuple[LayerGroup, ...], bucket_bytes: int | None) -> tuple[ProgramCall, ...]:
+        """Returns the calls of a plan; those of the last plan are kept."""
+        kept = self._calls.get(bucket_bytes)
+        if kept is None or kept[0] is not plan:
+            kept = self._calls[bucket_bytes] = plan, tuple(schedule(plan, groups, bucket_bytes))
+        return kept[1]
+
+    def run(
+        self, conversion: Conversion, work: Iterator[ProgramCall], bucket_bytes: int | None
+    ) -> Iterator[dict[str, Shaped[Array, "..."]]]:
         """Converts bucket by bucket.
 
         Args:
-            work: The jobs.
-            bucket_bytes: Most bytes in a bucket, where leaves permit; None makes each job a bucket.
+            conversion: The tree, and its plan.
+            work: The calls.
+            bucket_bytes: Most bytes in a bucket, where leaves permit; None makes each call a bucket.
         """
+        inputs = conversion.inputs(self._read_mesh(conversion.tree))
         in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
         bucket: dict[str, jax.Array] = {}
         size = 0
-        for job in work:
-            if bucket and (bucket_bytes is None or size + job.nbytes > bucket_bytes):
+        for call in work:
+            if bucket and (bucket_bytes is None or size + call.nbytes > bucket_bytes):
                 yield bucket
                 bucket, size = {}, 0
             if len(in_flight) == PROGRAMS_IN_FLIGHT:  # what a consumer has already donated is ready
                 jax.block_until_ready([leaf for leaf in in_flight.popleft().values() if not leaf.is_deleted()])
-            finished = self._run(job)
-            for leaf in job.frees:
-                leaf.release()
+            finished = self._run(conversion, call, inputs)
+            for path in call.frees:
+                if release := getattr(conversion.tree.leaves[path], "release", None):
+                    release()
             in_flight.append(finished)
             bucket |= finished
-            size += job.nbytes
+            size += call.nbytes
         yield bucket
 
-    def _run(self, job: Job) -> dict[str, jax.Array]:
+    def _read_mesh(self, tree: ParamTree) -> Mesh | None:
+        """Where leaves on disk are read to: the devices of those that are on some, or else of the results."""
+        source = tree_sharding(tree)
+        on = mesh_of(source) if source is not None else self._mesh
+        return None if on is None else mesh_of(automatic(NamedSharding(on, jax.sharding.PartitionSpec())))
+
+    def _run(self, conversion: Conversion, call: ProgramCall, inputs: Inputs) -> dict[str, jax.Array]:
         targets = None
         if self._mesh is not None:
-            targets = tuple(NamedSharding(self._mesh, entry.spec) for entry in job.entries)
-        outputs = self.make(job, targets)
+            targets = tuple(NamedSharding(self._mesh, entry.spec) for entry in call.entries)
+        outputs = self.prepare(conversion, call, targets, donating=False, inputs=inputs)(inputs)
         if targets is not None and device_order(outputs[0].sharding) != device_order(targets[0]):
             outputs = jax.device_put(outputs, targets)
-        return dict(zip((entry.name for entry in job.entries), outputs, strict=True))
+        return dict(zip(call.names, outputs, strict=True))
 
-    def make(self, job: Job, targets: tuple[Sharding, ...] | None, donors: Arrays = ()) -> Arrays:
-        """Makes the tensors of one job.
+    def prepare(
+        self,
+        conversion: Conversion,
+        call: ProgramCall,
+        targets: Targets,
+        *,
+        donating: bool,
+        inputs: Inputs | None = None,
+    ) -> PreparedCall:
+        """Prepares a call: its program, its position, and the partitioning of its results.
 
         Args:
-            job: What to make.
-            targets: How each result is to be partitioned. If that is on other devices than the source's, results are
-                made on the source's, partitioned the same way where there are as many of them, or a multiple.
-            donors: Arrays whose buffers the results take over, partitioned as the targets on the source's devices.
+            conversion: The tree, and its plan; only shapes and shardings count.
+            call: What is to be made.
+            targets: The partitioning that each result is to have. If that is on other devices than the source's,
+                results are made on the source's, partitioned the same way where there are as many, or a multiple.
+            donating: Whether it will be given donors.
+            inputs: The tree's inputs; None to make them.
         """
-        call = self._call(job, targets, donating=bool(donors), shapes=False)
-        if call.signature in self._unnamed:
-            return self.make(job, _spread(job, self._unnamed[call.signature]))
-        ahead = self._compiled.get(call.signature)
-        program = call.program if ahead is None else ahead.compiled
-        position = self._placed(call.position, call.source)
-        try:
-            outputs = program(call.arrays, position, tuple(_automatic(donor) for donor in donors))
-        except ValueError:  # JAX 0.9 finds no name for how XLA spreads a result: half of a mesh's axis
-            if call.reached is not None or (mesh := _mesh(call.source)) is None:
-                raise
-            self._unnamed[call.signature] = mesh
-            return self.make(job, _spread(job, mesh))
-        if call.reached is None:
-            return outputs
-        return tuple(on_sharding(output, target) for output, target in zip(outputs, call.reached, strict=True))
+        inputs = inputs or conversion.inputs(self._read_mesh(conversion.tree) if targets is None else _mesh(targets))
+        shapes = inputs.shapes(call)
+        source = source_sharding(shapes)
+        results = reachable(source, targets)
+        if results is None and source is not None and not _compat.NAMES_EVERY_SHARDING and (mesh := mesh_of(source)):
+            results = tuple(spread(entry.shape, mesh) for entry in call.entries)
+        wanted = results and tuple(map(automatic, results))
+        key = _key(call, shapes, wanted, donating)
+        program = self._compiled.get(key) or self._program(key, call, shapes, wanted, donating)
+        position = () if all(each.is_slice for each in shapes) else call.layer.position
+        return PreparedCall(call, program, self._placed(position, source), wanted, results)
 
-    def compile(self, job: Job, targets: tuple[Sharding, ...], *, donating: bool) -> Program:
-        """Compiles the program of one job, if that has not been done; shapes with shardings are enough.
+    def compile(
+        self, conversion: Conversion, call: ProgramCall, targets: tuple[Sharding, ...], *, donating: bool
+    ) -> jax.stages.Compiled:
+        """Compiles the program of one call, if that has not been done; shapes with shardings are enough.
 
         Args:
-            job: What the program is to make.
-            targets: How each result is to be partitioned.
+            conversion: The tree, or its shapes.
+            call: What the program is to make.
+            targets: The partitioning that each result is to have.
             donating: Whether it will be given donors.
         """
-        call = self._call(job, targets, donating=donating, shapes=True)
-        if call.signature in self._compiled:
-            return self._compiled[call.signature]
-        donors: tuple[jax.ShapeDtypeStruct, ...] = ()
-        if donating:
-            wanted = call.wanted or targets
+        inputs = conversion.inputs(_mesh(targets))
+        prepared = self.prepare(conversion, call, targets, donating=donating, inputs=inputs)
+        shapes = inputs.shapes(call)
+        key = _key(call, shapes, prepared.wanted, donating)
+        if key not in self._compiled:
             donors = tuple(
                 jax.ShapeDtypeStruct(entry.shape, entry.dtype, sharding=sharding)
-                for entry, sharding in zip(job.entries, wanted, strict=True)
+                for entry, sharding in zip(call.entries, prepared.wanted or targets, strict=True)
             )
-        position = self._placed(call.position, call.source)
-        compiled = call.program.lower(call.arrays, position, donors).compile()
-        devices = len(call.source.device_set) if call.source is not None else 1
-        self._compiled[call.signature] = Program(compiled, received_bytes(compiled.as_text(), devices))
-        return self._compiled[call.signature]
+            arrays = tuple(each.shape for each in shapes)
+            lowered = prepared.program.lower(arrays, prepared.position, donors if donating else ())
+            self._compiled[key] = lowered.compile()
+        return self._compiled[key]
 
-    def _call(self, job: Job, targets: tuple[Sharding, ...] | None, *, donating: bool, shapes: bool) -> "_Call":
-        mesh = _mesh(_auto_sharding(targets[0])) if targets else None
-        operands = self._reader.operands(
-            job.section.kind, job.layer, needs=job.needs, last=job.last, mesh=mesh, shapes=shapes
-        )
-        kind, position = operands.kind, operands.position
-        arrays = tuple(_automatic(leaf) for leaf in operands.arrays)
-        source = next((leaf.sharding for leaf in arrays if getattr(leaf, "sharding", None) is not None), None)
-        reached = _reachable(source, targets)
-        wanted = reached and tuple(_auto_sharding(target) for target in reached)
-        sliced = _sliced_shardings(kind, arrays, self._hooks.config.param_scan_axis)
-        key = (kind, job.tensors.start, job.tensors.stop, sliced, wanted, donating)
-        types = tuple((leaf.shape, np.dtype(leaf.dtype), getattr(leaf, "sharding", None)) for leaf in arrays)
-        return _Call(self._program(key), (key, types), arrays, position, source, reached, wanted)
-
-    def _program(self, key: tuple) -> Any:
-        kind, start, stop, sources, targets, donating = key
+    def _program(
+        self, key: tuple, call: ProgramCall, shapes: tuple[Input, ...], wanted: Targets, donating: bool
+    ) -> Callable[..., Any]:
         if key not in self._programs:
-            mesh = _mesh(targets[0]) if targets else None
-            shardings = {path: source for path, source in zip(kind.paths, sources, strict=True) if source is not None}
-
-            def program(arrays, position, donors):
-                leaves = layer_leaves(self._hooks, kind, arrays, position, shardings)
-
-                held, _ = lower(self._hooks, leaves, is_global=kind.is_global, place=Placer(mesh, leaves))
-                return tuple(tensor.array for tensor in held[start:stop])
-
+            make = functools.partial(
+                _make, self._hooks, self._trace(call.group), call, shapes, None if wanted is None else _mesh(wanted)
+            )
             # Whatever reads them: a donor that a program drops is not written into.
-            self._programs[key] = jax.jit(program, out_shardings=targets, donate_argnums=2, keep_unused=donating)
+            self._programs[key] = jax.jit(make, out_shardings=wanted, donate_argnums=2, keep_unused=donating)
         return self._programs[key]
+
+    def _trace(self, group: LayerGroup) -> HookTrace:
+        key = _signature(group)
+        if key not in self._traces:
+            self._traces[key] = trace_hooks(self._hooks, group)
+        return self._traces[key]
 
     def _placed(self, position: tuple[int, ...], source: Sharding | None) -> jax.Array:
         key = (position, source)
         if key not in self._positions:
-            where = None if source is None else _replicated(source)
+            where = None if source is None else replicated(source)
             with jax.transfer_guard_host_to_device("allow"):  # a few bytes, also where a trainer forbids transfers
                 self._positions[key] = jax.device_put(np.array(position or (0,), np.int32), where)
         return self._positions[key]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """A program, and what it is called with; the signature is that of a program compiled ahead of time."""
-
-    program: Any
-    signature: tuple
-    arrays: tuple[Any, ...]
-    position: tuple[int, ...]
-    source: Sharding | None
-    reached: tuple[Sharding, ...] | None
-    wanted: tuple[Sharding, ...] | None
-
-
-def _spread(job: Job, mesh: Mesh) -> tuple[Sharding, ...]:
-    """Every result over all of the mesh."""
-    return tuple(spread(entry.shape, mesh) for entry in job.entries)
-
-
-def _reachable(source: Sharding | None, targets: tuple[Sharding, ...] | None) -> tuple[Sharding, ...] | None:
-    """How a program that runs on the source's devices can partition its results; None leaves it to the compiler.
-
-    With as many devices as the targets have, or a multiple, every shard of a target is whole on some device of the
-    source: otherwise JAX moves arrays by way of the host.
-    """
-    if source is None or targets is None:
-        return None
-    own = device_order(source)
-    if own == device_order(targets[0]):
-        return targets
-    if len(own) % len(targets[0].device_set) or not all(isinstance(target, NamedSharding) for target in targets):
-        return None
-    return tuple(_repeated(target, np.array(own)) for target in targets if isinstance(target, NamedSharding))
-
-
-def _repeated(target: NamedSharding, devices: np.ndarray) -> NamedSharding:
-    """The same on other devices, as often as they suffice for it."""
-    shape, names = target.mesh.devices.shape, target.mesh.axis_names
-    if len(devices) > target.mesh.size:
-        shape, names = (-1, *shape), ("repeated", *names)
-    return NamedSharding(Mesh(devices.reshape(shape), names), target.spec)
+def _make(
+    hooks: Hooks,
+    trace: HookTrace,
+    call: ProgramCall,
+    shapes: tuple[Input, ...],
+    mesh: Mesh | None,
+    arrays: tuple[Any, ...],
+    position: Shaped[Array, " depth"],
+    donors: Arrays,
+) -> Arrays:
+    """The program: reads the layer's own leaves, asks what they are, and lowers that to the engine's tensors."""
+    group = call.group
+    zero = position[0] < 0  # false, in a way that no compiler can know
+    given = dict(zip(call.needs, zip(arrays, shapes, strict=True), strict=True))
+    values: list[Any] = []
+    cuts: list[Cuts | None] = []
+    for path, whole in zip(group.paths, group.shapes, strict=True):
+        if path not in given:
+            dtype = jax.dtypes.canonicalize_dtype(whole.dtype)
+            shape = own_shape(tuple(whole.shape), group.scan_axis(path), group.scan)
+            values.append(bits.to_bits(jnp.zeros(shape, dtype)))
+            cuts.append(None)
+            continue
+        array, described = given[path]
+        values.append(_own(group, path, jnp.asarray(array), described, position, zero))
+        own = described.own
+        cuts.append(None if own is None else cuts_of(own.spec, values[-1].ndim))
+    source = next((each.own.mesh for each in shapes if each.own is not None), None)
+    held = _held(trace, cuts, source)
+    made: list[Any] = []
+    layout = hooks.layout.for_layer(group.types)
+    for block in trace(values, zero):
+        count = len(jax.tree.leaves(block))
+        made += lower(layout, block, mesh, [next(held) for _ in range(count)], zero)
+    return tuple(made[call.tensors])
 
 
-def _sliced_shardings(kind: Kind, arrays: tuple[Any, ...], scan_axis: int) -> tuple[NamedSharding | None, ...]:
-    """How one layer's slice of each leaf is partitioned; None for what is not spread over devices."""
-
-    def sliced(leaf: Any) -> NamedSharding | None:
-        sharding = getattr(leaf, "sharding", None)
-        if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
-            return None
-        axes = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
-        del axes[scan_axis : scan_axis + len(kind.scan)]
-        return NamedSharding(sharding.mesh, PartitionSpec(*axes))
-
-    return tuple(sliced(leaf) for leaf in arrays)
+def _own(group: LayerGroup, path: str, array: Any, described: Input, position: Any, zero: Any) -> Shaped[Array, "..."]:
+    """One layer's own leaf, bfloat16 as its bits."""
+    own = bits.to_bits(array)
+    if group.scan and not described.is_slice:
+        first = group.scan_axis(path)
+        own = kernels.unscan(own, position, axes=tuple(range(first, first + len(group.scan))))
+    if described.own is not None:  # else XLA may communicate before the cast to bits, and then does it in float32
+        own = lax.with_sharding_constraint(own, described.own)
+    return bits.pin_bits(own, zero)
 
 
-@functools.lru_cache
-def _auto(mesh: Mesh) -> Mesh:
-    """The same devices and axes, partitioned by the compiler: constraints and packing need no types for that."""
-    return Mesh(mesh.devices, mesh.axis_names)
+def _held(trace: HookTrace, cuts: list[Cuts | None], mesh: Any) -> Iterator[NamedSharding | None]:
+    """The trainer's partitioning of each array of the blocks, where it is known."""
+    if mesh is None:
+        return iter([None] * len(trace.jaxpr.out_avals))
+    found = forwards(trace.jaxpr.jaxpr, [*cuts, None], dict(mesh.shape))
+    return iter([None if cut is None else NamedSharding(mesh, spec_of(cut)) for cut in found])
 
 
-def _auto_sharding(sharding: Sharding) -> Sharding:
-    mesh = _mesh(sharding)
-    if mesh is None or mesh == _auto(mesh) or not isinstance(sharding, NamedSharding):
-        return sharding
-    return NamedSharding(_auto(mesh), sharding.spec)
+def _mesh(targets: tuple[Sharding, ...]) -> Mesh | None:
+    return mesh_of(automatic(targets[0]))
 
 
-def _mesh(sharding: Sharding | None) -> Mesh | None:
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    return mesh if isinstance(mesh, Mesh) else None
+def _key(call: ProgramCall, shapes: tuple[Input, ...], wanted: Targets, donating: bool) -> tuple[Any, ...]:
+    """Equal for calls that one compiled program makes."""
+    arguments = tuple((each.shape.shape, each.shape.dtype, each.shape.sharding, each.is_slice) for each in shapes)
+    return _signature(call.group), call.tensors.start, call.tensors.stop, arguments, wanted, donating
 
 
-def _automatic(leaf: Any) -> Any:
-    if (own := getattr(leaf, "sharding", None)) is None or (sharding := _auto_sharding(own)) == own:
-        return leaf
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    return on_sharding(leaf, sharding)
-
-
-def on_sharding(leaf: jax.Array, sharding: Sharding) -> jax.Array:
-    """The same shards under a sharding that differs in its spelling or in the types of its axes; nothing is copied."""
-    if leaf.sharding == sharding:
-        return leaf
-    shards = [shard.data for shard in leaf.addressable_shards]
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
-
-
-def device_order(sharding: Sharding) -> tuple[jax.Device, ...]:
-    """The devices of a sharding, in the order in which programs number them."""
-    if isinstance(sharding, NamedSharding):
-        return tuple(sharding.mesh.devices.flat)
-    return tuple(sorted(sharding.device_set, key=lambda device: device.id))
-
-
-def _replicated(sharding: Sharding) -> Sharding:
-    if isinstance(sharding, SingleDeviceSharding):
-        return sharding
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else Mesh(np.array(device_order(sharding)), ("all",))
-    return NamedSharding(mesh, PartitionSpec())
+def _signature(group: LayerGroup) -> tuple[Any, ...]:
+    """Equal for groups that the same programs convert."""
+    shapes = tuple(
+        (own_shape(tuple(leaf.shape), axis, group.scan), np.dtype(leaf.dtype))
+        for leaf, axis in zip(group.shapes, group.scan_axes, strict=True)
+    )
+    return group.is_global, group.types, group.paths, len(group.scan), group.scan_axes, shapes

@@ -1,110 +1,154 @@
-"""What a program is called with: the leaves of one layer, sliced if they are in host memory, read if they are not."""
+"""A program's arguments: the leaves of one layer, sliced if they are in host memory, read if they are on disk."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
+from portax.errors import SyncError
+from portax.execution.schedule import ProgramCall
+from portax.execution.sharding import (
+    automatic,
+    automatic_axes,
+    is_on_host,
+    on_device,
+    spread,
+    without_scan_axes,
+)
 from portax.trainer.lazy_array import LazyArray
-from portax.trainer.scan import Kind, Layer
+from portax.trainer.param_tree import ParamTree
 
 _Index: TypeAlias = tuple[int | slice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Operands:
-    """The arguments of a program that converts one layer.
+class Input:
+    """One argument of a program, as shapes.
 
     Attributes:
-        kind: What the program is made for; without scan axes where the leaves have been sliced.
-        arrays: The leaves, in the order of the kind's paths.
-        position: Index of the layer on each remaining scan axis.
+        shape: Shape and dtype, and sharding if it is on devices.
+        is_slice: Whether it is one layer's slice already, and not the stack.
+        own: The partitioning of the layer's own slice; None for a leaf that is not spread over devices.
     """
 
-    kind: Kind
-    arrays: tuple[Any, ...]
-    position: tuple[int, ...]
+    shape: jax.ShapeDtypeStruct
+    is_slice: bool
+    own: NamedSharding | None
 
 
-class Reader:
-    """Prepares operands. What it reads for one part of a layer it keeps for the layer's other parts, and no longer."""
+class Inputs:
+    """Gives program calls their arguments, from one tree.
 
-    def __init__(self, scan_axis: int):
-        """Makes a reader.
+    What is read from disk or the host for one part of a layer is kept for the layer's other parts, and no longer.
+    """
 
-        Args:
-            scan_axis: First scan axis of stacked leaves.
-        """
-        self._scan_axis = scan_axis
-        self._layer: Layer | None = None
-        self._held: dict[tuple[str, Mesh | None], Any] = {}
-
-    def operands(
-        self, kind: Kind, layer: Layer, *, needs: Callable[[str], bool], last: bool, mesh: Mesh | None, shapes: bool
-    ) -> Operands:
-        """The operands for a part of one layer.
+    def __init__(self, tree: ParamTree, mesh: Mesh | None):
+        """Makes inputs of a tree.
 
         Args:
-            kind: The layer's kind.
-            layer: The layer.
-            needs: Whether this part is made of the leaf of this path; no other leaf is read.
-            last: Whether no other part of the layer comes after this one.
-            mesh: Where the program runs: each device then reads its share alone. None: on the default device.
-            shapes: Whether shapes in place of what would be read are enough.
+            tree: The trainer's tree.
+            mesh: Where leaves on disk are read to, each device its share alone; None for the default device.
         """
-        arrays = tuple(layer.leaves[path] for path in kind.paths)
-        if not any(isinstance(leaf, LazyArray) for leaf in arrays):
-            return self._in_memory(kind, arrays, layer.position)
-        if layer is not self._layer:
-            self._layer, self._held = layer, {}
-        sliced = all(isinstance(leaf, LazyArray | np.ndarray) for leaf in arrays)
-        at = self._at(layer.position) if sliced else ()
+        self._tree = tree
+        self._mesh = mesh
+        self._held: dict[str, Any] = {}
+        self._layer: Any = None
 
-        def own(path: str, leaf: Any) -> Any:
-            if not isinstance(leaf, LazyArray):
-                return leaf[at] if at else leaf
-            if not needs(path):
-                return _unread(leaf, at)
-            if shapes:
-                return _abstract(leaf, at, mesh)
-            if (path, mesh) not in self._held:
-                self._held[path, mesh] = _read(leaf, at, mesh)
-            return self._held[path, mesh]
+    def shapes(self, call: ProgramCall) -> tuple[Input, ...]:
+        """Returns the arguments of a call, as shapes, in the order of what it needs."""
+        return tuple(self._shape(call, path) for path in call.needs)
 
-        read = tuple(own(path, leaf) for path, leaf in zip(kind.paths, arrays, strict=True))
-        if last:
+    def arrays(self, call: ProgramCall) -> tuple[Any, ...]:
+        """Returns the arguments of a call, in the order of what it needs.
+
+        Raises:
+            SyncError: A leaf was freed or donated since the conversion began.
+        """
+        if call.layer is not self._layer:
+            self._layer, self._held = call.layer, {}
+        found = tuple(self._array(call, path) for path in call.needs)
+        if call.last:
             self._layer, self._held = None, {}
-        return Operands(dataclasses.replace(kind, scan=()), read, ()) if at else Operands(kind, read, layer.position)
+        return found
 
-    def _in_memory(self, kind: Kind, arrays: tuple[Any, ...], position: tuple[int, ...]) -> Operands:
-        """Stacks in host memory are sliced there, so that one layer at a time is moved."""
-        if position and all(isinstance(leaf, np.ndarray) for leaf in arrays):
-            at = self._at(position)
-            return Operands(dataclasses.replace(kind, scan=()), tuple(leaf[at] for leaf in arrays), ())
-        return Operands(kind, arrays, position)
+    def _leaf(self, call: ProgramCall, path: str) -> Any:
+        return self._tree.leaves[call.layer.path(path)]
 
-    def _at(self, position: tuple[int, ...]) -> _Index:
-        return (slice(None),) * self._scan_axis + position if position else ()
+    def _shape(self, call: ProgramCall, path: str) -> Input:
+        leaf, at = self._leaf(call, path), call.layer.at(call.group.scan_axis(path))
+        sharding = getattr(leaf, "sharding", None)
+        own = without_scan_axes(sharding, len(leaf.shape), call.group.scan_axis(path), len(call.group.scan))
+        own = None if own is None else automatic(on_device(own))  # type: ignore[assignment]
+        if isinstance(leaf, LazyArray):
+            shape = _rest(tuple(leaf.shape), at)
+            on = spread(shape, self._mesh) if self._mesh is not None else _default_sharding()
+            cut = on if isinstance(on, NamedSharding) and on.mesh.size > 1 else None
+            return Input(jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=on), True, cut)
+        if isinstance(leaf, np.ndarray | np.generic):
+            return Input(jax.ShapeDtypeStruct(_rest(leaf.shape, at), leaf.dtype), True, None)
+        if is_on_host(sharding):
+            shape = _rest(tuple(leaf.shape), at)
+            on = own or _single(sharding)
+            return Input(jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=on), True, own)
+        if sharding is not None:
+            sharding = automatic(sharding)
+        return Input(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), not at, own)
+
+    def _array(self, call: ProgramCall, path: str) -> Any:
+        leaf, at = self._leaf(call, path), call.layer.at(call.group.scan_axis(path))
+        if isinstance(leaf, np.ndarray | np.generic):
+            return leaf[at] if at else leaf  # type: ignore[index]
+        if isinstance(leaf, LazyArray):
+            if path not in self._held:
+                self._held[path] = _read(leaf, at, self._mesh)
+            return self._held[path]
+        if leaf.is_deleted():
+            name = self._tree.root + call.layer.path(path)
+            raise SyncError(
+                f"{name}: found a deleted array; expected a live one until the last bucket is made. Likely cause: it "
+                "was freed, or donated to the next training step, between two buckets: take all of them before that"
+            )
+        if is_on_host(leaf.sharding):
+            if path not in self._held:
+                self._held[path] = _from_host(leaf, at, self._shape(call, path).shape.sharding)
+            return self._held[path]
+        return automatic_axes(leaf)
 
 
-def _rest(leaf: LazyArray, at: _Index) -> tuple[int, ...]:
+def source_sharding(inputs: tuple[Input, ...]) -> Sharding | None:
+    """Returns the sharding of the first argument that is on devices; None if all are in host memory."""
+    return next((each.shape.sharding for each in inputs if each.shape.sharding is not None), None)
+
+
+def tree_sharding(tree: ParamTree) -> Sharding | None:
+    """Returns the sharding of the first leaf that is on devices; None for a tree in host memory or on disk."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in tree.leaves.values())
+    return next((sharding for sharding in shardings if sharding is not None), None)
+
+
+def _default_sharding() -> Sharding:
+    return SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _single(sharding: Any) -> Sharding:
+    """The same devices' own memory, for a leaf that is on one of them."""
+    return (
+        SingleDeviceSharding(next(iter(sharding.device_set))) if len(sharding.device_set) == 1 else on_device(sharding)
+    )
+
+
+def _rest(shape: tuple[int, ...], at: _Index) -> tuple[int, ...]:
     """Shape of a leaf's part: its axes without those that a number picks from."""
-    return tuple(size for i, size in enumerate(leaf.shape) if i >= len(at) or isinstance(at[i], slice))
+    return tuple(size for i, size in enumerate(shape) if i >= len(at) or isinstance(at[i], slice))
 
 
-def _unread(leaf: LazyArray, at: _Index) -> np.ndarray:
-    """Stands for a leaf that the program drops; it is of the right shape and takes no memory."""
-    return np.broadcast_to(np.zeros((), leaf.dtype), _rest(leaf, at))
-
-
-def _abstract(leaf: LazyArray, at: _Index, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
-    shape = _rest(leaf, at)
-    sharding = jnp.zeros(()).sharding if mesh is None else spread(shape, mesh)
-    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+def _within(at: _Index, part: tuple[slice, ...]) -> tuple[int | slice, ...]:
+    """The index in a stack of a part of one layer's slice."""
+    parts = iter(part)
+    return tuple(next(parts) if isinstance(where, slice) else where for where in at) + tuple(parts)
 
 
 def _read(leaf: LazyArray, at: _Index, mesh: Mesh | None) -> jax.Array:
@@ -113,24 +157,29 @@ def _read(leaf: LazyArray, at: _Index, mesh: Mesh | None) -> jax.Array:
     pieces: dict[Any, np.ndarray] = {}
 
     def piece(wanted: tuple[slice, ...] | None) -> np.ndarray:
-        parts = iter(wanted or ())
-        whole = tuple(next(parts) if isinstance(where, slice) else where for where in at) + tuple(parts)
+        whole = _within(at, wanted or ())
         key = tuple((where.start, where.stop) if isinstance(where, slice) else where for where in whole)
         if key not in pieces:
             pieces[key] = leaf[whole]
         return pieces[key]
 
-    shape = _rest(leaf, at)
+    shape = _rest(leaf.shape, at)
     return jax.make_array_from_callback(shape, spread(shape, mesh), piece, dtype=leaf.dtype)
 
 
-def spread(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Cut over all of the mesh along the largest axis that it divides; else a copy on each device.
-
-    Args:
-        shape: Shape of an array.
-        mesh: The mesh.
-    """
-    cut = max((i for i, size in enumerate(shape) if size % mesh.size == 0), key=lambda i: shape[i], default=None)
-    spec = PartitionSpec() if cut is None or mesh.size == 1 else PartitionSpec(*[None] * cut, mesh.axis_names)
-    return NamedSharding(mesh, spec)
+def _from_host(leaf: jax.Array, at: _Index, sharding: Sharding) -> jax.Array:
+    """One layer's slice of a leaf in the host's memory, on its devices; shard by shard, if no scan axis is cut."""
+    shape = _rest(leaf.shape, at)
+    shards: Mapping[jax.Device, Any] = {shard.device: shard for shard in leaf.addressable_shards}
+    scanned = [axis for axis, where in enumerate(at) if not isinstance(where, slice)]
+    whole = all(
+        shard.index[axis] in (slice(None), slice(0, leaf.shape[axis]), slice(None, None, None))
+        for shard in shards.values()
+        for axis in scanned
+    )
+    if not whole:
+        return jax.device_put(np.asarray(leaf)[at], sharding)
+    parts = [
+        jax.device_put(np.asarray(shards[device].data)[at or ...], device) for device in sharding.addressable_devices
+    ]
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts, dtype=leaf.dtype)

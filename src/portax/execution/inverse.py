@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
+from portax.config.model_config import ModelConfig
 from portax.errors import LayoutError, PlanError, Problem
 from portax.planning.plan import Entry, Plan
 from portax.planning.trace import Hooks
-from portax.trainer.layer_params import LayerParams
-from portax.trainer.scan import Layer, Section
+from portax.trainer.layer_params import LayerParams, own_shape
+from portax.trainer.scan import LayerGroup, LayerSlice
 from portax.weights.scale_shift import ScaleShift
 
 Tree: TypeAlias = dict[str, Shaped[np.ndarray, "..."]]
@@ -22,16 +23,16 @@ _BITS: dict[int, Any] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 
 class _Inputs(LayerParams):
-    """Leaves that are handed to the hooks as they are, so that what the hooks do is linear in them."""
+    """Parameters that are handed to the hooks as they are, so that what the hooks do is linear in them."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, values: Mapping[str, Any], config: ModelConfig, types: frozenset[str]):
+        super().__init__(values, config, types=types)
         self.scale_shifts: dict[str, ScaleShift] = {}
 
     def read(self, path: str, axes: str, scale_shift: ScaleShift | None = None) -> Any:
         if scale_shift is not None:
             self.scale_shifts[path] = scale_shift
-        return self._arrays[path]
+        return self._values[path]
 
 
 class Restoration:
@@ -46,13 +47,13 @@ class Restoration:
         scan_axes: The axes of each leaf that count layers.
     """
 
-    def __init__(self, hooks: Hooks, plan: Plan, sections: Sequence[Section], weights: Mapping[str, Any], dtype: Any):
+    def __init__(self, hooks: Hooks, plan: Plan, groups: Sequence[LayerGroup], weights: Mapping[str, Any], dtype: Any):
         """Checks the tensors; reads none, unless there are more than the plan has.
 
         Args:
             hooks: The converter.
-            plan: A plan of these sections.
-            sections: The trainer's tree, as shapes.
+            plan: A plan of these groups.
+            groups: The trainer's tree, as shapes.
             weights: The tensors, by the names of the plan; read one layer at a time.
             dtype: Dtype of the leaves; None for that of the tensors.
 
@@ -60,26 +61,26 @@ class Restoration:
             PlanError: A tensor is missing, left over, or of another shape.
         """
         _check(hooks, plan, weights)
-        self._hooks, self._plan, self._sections, self._weights = hooks, plan, sections, weights
+        self._hooks, self._plan, self._groups, self._weights = hooks, plan, groups, weights
         self._types = _types(plan.entries, weights)
         self.leaves: dict[str, jax.ShapeDtypeStruct] = {}
         self.scan_axes: dict[str, tuple[int, ...]] = {}
-        first = hooks.config.param_scan_axis
-        for layer in itertools.chain.from_iterable(section.layers for section in sections):
-            for path, leaf in ((layer.path(path), leaf) for path, leaf in layer.leaves.items()):
+        for group, layer in ((each, layer) for each in groups for layer in each.layers):
+            for relative, leaf in layer.leaves.items():
+                path, first = layer.path(relative), group.scan_axis(relative)
                 self.leaves[path] = jax.ShapeDtypeStruct(leaf.shape, self._types[path] if dtype is None else dtype)
                 self.scan_axes[path] = tuple(range(first, first + len(layer.scan)))
 
-    def __iter__(self) -> Iterator[tuple[Layer, Tree]]:
+    def __iter__(self) -> Iterator[tuple[LayerSlice, Tree]]:
         """Each layer, and its own part of its leaves, by full path.
 
         Raises:
             LayoutError: The layout holds elements more than once, or not at all; before the first layer.
         """
-        inverses = [_Inverse(self._hooks, section) for section in self._sections]
+        inverses = [_Inverse(self._hooks, group) for group in self._groups]
         entries = iter(self._plan.entries)
-        for inverse, section, count in zip(inverses, self._sections, self._plan.tensors_per_layer, strict=True):
-            for layer in section.layers:
+        for inverse, group, count in zip(inverses, self._groups, self._plan.tensors_per_layer, strict=True):
+            for layer in group.layers:
                 mine = tuple(itertools.islice(entries, count))
                 leaves = inverse(layer, mine, self._weights, self._types)
                 yield layer, {path: leaf.astype(self.leaves[path].dtype, copy=False) for path, leaf in leaves.items()}
@@ -89,41 +90,43 @@ class Restoration:
         """Bytes of all leaves."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in self.leaves.values())
 
+    def at(self, layer: LayerSlice, path: str) -> Any:
+        """Returns the place of a layer in one of its leaves, as an index."""
+        return layer.at(min(self.scan_axes[path], default=0)) or ...
+
     def tree(self) -> Tree:
         """All leaves, in memory."""
         tree = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in self.leaves.items()}
         for layer, leaves in self:
             for path, leaf in leaves.items():
-                tree[path][layer.place(self._hooks.config.param_scan_axis)] = leaf
+                tree[path][self.at(layer, path)] = leaf
         return tree
 
 
 class _Inverse:
-    """From the tensors of one layer to its leaves, for all layers of one section."""
+    """From the tensors of one layer to its leaves, for all layers of one group."""
 
-    def __init__(self, hooks: Hooks, section: Section):
-        self._affines: dict[str, ScaleShift] = {}
+    def __init__(self, hooks: Hooks, group: LayerGroup):
+        self._scale_shifts: dict[str, ScaleShift] = {}
         self._own: list[bool] = []  # tensors that are no copies of others
-        kind, axis = section.kind, hooks.config.param_scan_axis
 
         def forward(leaves: dict[str, Any]) -> list[Any]:
-            inputs = _Inputs(leaves, hooks.config, types=kind.types)
-            blocks = hooks.global_weights(inputs) if kind.is_global else hooks.layer_blocks(inputs)
+            inputs = _Inputs(leaves, hooks.config, group.types)
+            blocks = hooks.global_weights(inputs) if group.is_global else hooks.layer_blocks(inputs)
             tensors = [tensor for block in blocks for tensor in hooks.layout.pack(block)]
-            self._affines, self._own = inputs.scale_shifts, [tensor.tied_to is None for tensor in tensors]
+            self._scale_shifts, self._own = inputs.scale_shifts, [tensor.tied_to is None for tensor in tensors]
             return [tensor.array for tensor in tensors if tensor.tied_to is None]
 
-        def own(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape[:axis] + shape[axis + len(kind.scan) :], jnp.uint32)
-
-        layer = section.layers[0]
-        shapes = {path: own(layer.leaves[path].shape) for path in kind.paths}
+        shapes = {
+            path: jax.ShapeDtypeStruct(own_shape(tuple(leaf.shape), axis, group.scan), jnp.uint32)
+            for path, leaf, axis in zip(group.paths, group.shapes, group.scan_axes, strict=True)
+        }
         self._backward = jax.jit(lambda bits: jax.linear_transpose(forward, shapes)(bits)[0])
         self._shapes = jax.eval_shape(forward, shapes)
-        self._check_once(section)
+        self._check_once(group)
 
     def __call__(
-        self, layer: Layer, entries: tuple[Entry, ...], weights: Mapping[str, Any], types: Mapping[str, Any]
+        self, layer: LayerSlice, entries: tuple[Entry, ...], weights: Mapping[str, Any], types: Mapping[str, Any]
     ) -> Tree:
         bits = []
         for entry in itertools.compress(entries, self._own):
@@ -133,13 +136,13 @@ class _Inverse:
         for path, leaf in self._backward(bits).items():
             dtype = types[layer.path(path)]
             leaf = np.asarray(leaf).astype(_BITS[dtype.itemsize]).view(dtype)
-            leaves[layer.path(path)] = self._affines[path].inverse(leaf) if path in self._affines else leaf
+            leaves[layer.path(path)] = self._scale_shifts[path].inverse(leaf) if path in self._scale_shifts else leaf
         return leaves
 
-    def _check_once(self, section: Section) -> None:
+    def _check_once(self, group: LayerGroup) -> None:
         """Raises a `LayoutError` unless every element of every leaf is held exactly once."""
         counts = self._backward([np.ones(shape.shape, np.uint32) for shape in self._shapes])
-        wrong = [section.names(path) for path, count in counts.items() if not (np.asarray(count) == 1).all()]
+        wrong = [group.names(path) for path, count in counts.items() if not (np.asarray(count) == 1).all()]
         if wrong:
             raise LayoutError(
                 f"{', '.join(wrong)}: this layout holds some elements several times, or not at all, so the tree cannot "

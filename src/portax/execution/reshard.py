@@ -1,44 +1,59 @@
-"""Where arrays go inside a program: from the trainer's partitioning to the engine's."""
+"""Puts the arrays of a block where the engine has them, inside a program: moved as parts, and then packed in place."""
 
-import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from portax.execution.permute_reshard import exchange
-from portax.layouts import Stage
+from portax.execution.propagate import Cuts, backwards, cuts_of, spec_of
+from portax.layouts import Layout
 from portax.planning.plan import axes_of
-from portax.trainer.layer_params import LayerParams
 from portax.weights import bits
+from portax.weights.blocks import Block
 
 
-@dataclasses.dataclass(frozen=True)
-class Placer:
-    """The `Place` of one program.
+def lower(
+    layout: Layout, block: Block, mesh: Mesh | None, held: Sequence[NamedSharding | None], zero: Any
+) -> list[Shaped[Array, "..."]]:
+    """Makes the engine's arrays of one block, partitioned as the layout says; to be traced.
 
-    Attributes:
+    Args:
+        layout: The layout.
+        block: The block.
         mesh: Where arrays go; None leaves them where they are.
-        leaves: What the program reads.
+        held: The partitioning of each of the block's arrays, where it is known.
+        zero: See `bits.pin_bits`.
     """
+    parts, tree = jax.tree.flatten(layout.cast(block))
+    pack = jax.make_jaxpr(lambda *parts: layout.pack(jax.tree.unflatten(tree, parts)), return_shape=True)
+    jaxpr, tensors = pack(*(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in parts))
+    if mesh is None:
+        packed = jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *parts)
+        return [bits.from_bits(bits.pin_bits(array, zero)) for array in packed]
+    wanted = [cuts_of(tensor.spec, len(tensor.array.shape)) for tensor in tensors]
+    cuts = backwards(jaxpr.jaxpr, wanted, dict(mesh.shape))
+    moves_parts = all(cut is not None for cut in cuts) and any(any(cut or ()) for cut in cuts)
+    if moves_parts:
+        parts = [_moved(part, mesh, cut, own, zero) for part, cut, own in zip(parts, cuts, held, strict=True)]
+    packed = jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *parts)
+    made = []
+    for array, tensor in zip(packed, tensors, strict=True):
+        if moves_parts:
+            array = lax.with_sharding_constraint(array, NamedSharding(mesh, tensor.spec))
+        else:
+            array = _spread(bits.pin_bits(array, zero), mesh, tensor.spec, None)
+        made.append(bits.from_bits(bits.pin_bits(array, zero)))
+    return made
 
-    mesh: Mesh | None
-    leaves: LayerParams
 
-    def __call__(
-        self,
-        array: Shaped[Array, "..."],
-        spec: PartitionSpec,
-        stage: Stage,
-        origin: Shaped[Array, "..."] | None = None,
-    ) -> Shaped[Array, "..."]:
-        """As `Place`: constrained where there is a mesh, and sealed on both sides."""
-        if self.mesh is not None and stage == "packed":
-            array = lax.with_sharding_constraint(array, NamedSharding(self.mesh, spec))
-        elif self.mesh is not None:  # sealed before, else what moves is what it was cast from
-            array = _spread(bits.pin_bits(array, self.leaves.zero), self.mesh, spec, self.leaves.partitioning(origin))
-        return array if stage == "part" else bits.pin_bits(array, self.leaves.zero)
+def _moved(part: Any, mesh: Mesh, cuts: Cuts | None, held: NamedSharding | None, zero: Any) -> Shaped[Array, "..."]:
+    """A part, cut as it will be packed; its bits are pinned first, else what moves is what it was cast from."""
+    return _spread(bits.pin_bits(part, zero), mesh, spec_of(cuts or ()), held)
 
 
 def _spread(

@@ -1,98 +1,100 @@
-"""What a conversion consists of: which tensors one call of a program makes, and in which order."""
+"""The calls that a conversion consists of: which tensors each of them makes, and in which order."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Container, Iterable, Iterator
-from typing import TypeAlias
-
-from jax.sharding import Sharding
+from collections.abc import Container, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 from portax.planning.plan import Entry, Plan
 from portax.trainer.lazy_array import LazyArray
-from portax.trainer.scan import Layer, Section
+from portax.trainer.scan import LayerGroup, LayerSlice
 
-_OfLayer: TypeAlias = tuple[Layer, tuple[Entry, ...]]
+_OfLayer: TypeAlias = tuple[LayerSlice, tuple[Entry, ...]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Some of the tensors of one layer, made by one call of a program.
+@dataclasses.dataclass(frozen=True, eq=False)
+class ProgramCall:
+    """One call of a program, which makes some of the tensors of one layer.
 
     Attributes:
-        section: The section that the layer belongs to.
+        group: The group that the layer belongs to.
         layer: The layer.
         tensors: Which of the layer's tensors.
         entries: Those tensors, as planned.
-        last: Whether the next job is of another layer.
-        frees: What no later job reads.
+        last: Whether the next call is for another layer.
+        frees: Paths of leaves that no later call reads.
     """
 
-    section: Section
-    layer: Layer
+    group: LayerGroup
+    layer: LayerSlice
     tensors: slice
     entries: tuple[Entry, ...]
     last: bool
-    frees: tuple[LazyArray, ...] = ()
+    frees: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of all of them."""
         return sum(entry.nbytes for entry in self.entries)
 
-    def needs(self, leaf: str) -> bool:
-        """Whether any of them is made of this leaf, given by its path relative to the layer."""
-        path = self.layer.path(leaf)
-        return any(source.endswith(path) for entry in self.entries for source in entry.sources)
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of all of them."""
+        return tuple(entry.name for entry in self.entries)
 
-    @property
-    def source_sharding(self) -> Sharding | None:
-        """Where the trainer has the leaves that they are made of; None for host memory."""
-        leaves = self.section.arrays(self.layer)
-        return next((leaf.sharding for leaf in leaves if getattr(leaf, "sharding", None) is not None), None)
+    @functools.cached_property
+    def needs(self) -> tuple[str, ...]:
+        """Leaves that they are made of, relative to the layer."""
+        sources = {source for entry in self.entries for source in entry.sources}
+        ends = {path: self.layer.path(path) for path in self.group.paths}
+        return tuple(path for path, end in ends.items() if any(source.endswith(end) for source in sources))
 
 
-def jobs(
+def schedule(
     plan: Plan,
-    sections: Iterable[Section],
+    groups: Iterable[LayerGroup],
     bucket_bytes: int | None,
     only: Container[str] | None = None,
     *,
-    by_stack: bool = False,
-) -> Iterator[Job]:
-    """The work of a plan, in order: a layer at a time, or parts of one where it is larger than a bucket.
+    stacks_of: Mapping[str, Any] | None = None,
+) -> Iterator[ProgramCall]:
+    """Yields the calls of a plan, in order: a layer at a time, or parts of one that is larger than a bucket.
 
     Args:
         plan: The plan.
-        sections: What it is of.
-        bucket_bytes: Most bytes that a job makes, unless it makes one tensor; None for no limit.
+        groups: The groups that it is of.
+        bucket_bytes: Most bytes that a call makes, unless it makes one tensor; None for no limit.
         only: Names of the tensors that are wanted; None for all.
-        by_stack: Whether a stack on disk is done with, in all its layers, before the next one is begun.
+        stacks_of: The leaves of the tree, if a stack on disk is to be done with, in all its layers, before the next one
+            is begun; None to go layer by layer.
     """
     entries = iter(plan.entries)
-    for section, count in zip(sections, plan.tensors_per_layer, strict=True):
-        of_layer = [(layer, tuple(itertools.islice(entries, count))) for layer in section.layers]
-        if not (by_stack and section.kind.scan and _on_disk(section)):
-            yield from _jobs(section, of_layer, slice(0, count), bucket_bytes, only)
+    for group, count in zip(groups, plan.tensors_per_layer, strict=True):
+        of_layer = [(layer, tuple(itertools.islice(entries, count))) for layer in group.layers]
+        if stacks_of is None or not (group.scan and _on_disk(group, stacks_of)):
+            yield from _calls(group, of_layer, slice(0, count), bucket_bytes, only)
             continue
         for stack in _by_container(of_layer):
             for tensors in _by_source(stack[0][1]):
-                work = [*_jobs(section, stack, tensors, bucket_bytes, only)]
+                work = [*_calls(group, stack, tensors, bucket_bytes, only)]
                 yield from work[:-1]
                 for last in work[-1:]:
                     yield dataclasses.replace(last, frees=_read_by(work))
 
 
-def _jobs(
-    section: Section, of_layer: Iterable[_OfLayer], tensors: slice, most: int | None, only: Container[str] | None
-) -> Iterator[Job]:
+def _calls(
+    group: LayerGroup, of_layer: Iterable[_OfLayer], tensors: slice, most: int | None, only: Container[str] | None
+) -> Iterator[ProgramCall]:
     for layer, entries in of_layer:
         cuts = [*_cuts(entries, tensors, most, only)]
         for cut in cuts:
-            yield Job(section, layer, cut, entries[cut], last=cut is cuts[-1])
+            yield ProgramCall(group, layer, cut, entries[cut], last=cut is cuts[-1])
 
 
-def _on_disk(section: Section) -> bool:
-    return any(isinstance(leaf, LazyArray) for leaf in section.layers[0].leaves.values())
+def _on_disk(group: LayerGroup, leaves: Mapping[str, Any]) -> bool:
+    layer = group.layers[0]
+    return any(isinstance(leaves[layer.path(path)], LazyArray) for path in group.paths)
 
 
 def _by_container(of_layer: Iterable[_OfLayer]) -> Iterable[list[_OfLayer]]:
@@ -114,10 +116,8 @@ def _by_source(entries: tuple[Entry, ...]) -> Iterator[slice]:
             start = end = i + 1
 
 
-def _read_by(work: Iterable[Job]) -> tuple[LazyArray, ...]:
-    """What jobs read from disk."""
-    found = {id(leaf): leaf for job in work for path, leaf in job.layer.leaves.items() if job.needs(path)}
-    return tuple(leaf for leaf in found.values() if isinstance(leaf, LazyArray))
+def _read_by(work: Iterable[ProgramCall]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(call.layer.path(path) for call in work for path in call.needs))
 
 
 def _cuts(entries: tuple[Entry, ...], of: slice, most: int | None, only: Container[str] | None) -> Iterator[slice]:

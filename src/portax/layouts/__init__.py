@@ -1,6 +1,6 @@
 """Layouts: how engines hold weights. One file per engine contract."""
 
-from portax.layouts.base import Layout, Place, Stage, Tensor, nowhere
+from portax.layouts.base import Layout, Tensor
 from portax.layouts.canonical import Canonical
 from portax.layouts.flax_nnx import FlaxNnx
 from portax.layouts.huggingface import HuggingFace
@@ -14,10 +14,7 @@ __all__ = [
     "HuggingFace",
     "Layout",
     "MaxTextVllm",
-    "Place",
     "Quantization",
-    "Stage",
     "Tensor",
     "TpuInference",
-    "nowhere",
 ]

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from jaxtyping import Array, Shaped
 
 from portax.errors import LayoutError
 from portax.weights import bits, blocks, kernels
+
+_Block = TypeVar("_Block", bound=blocks.Block)
 
 OTHER_MODALITIES = r"(visual|vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio)\."
 """Names, as a regular expression, of what is beside a language model in an engine and in a hub checkpoint."""
@@ -44,40 +46,6 @@ class Tensor:
     in_decoder: bool = True
     tied_to: str | None = None
     lossy: tuple[str, ...] = ()
-
-
-Stage: TypeAlias = Literal["part", "packed", "whole"]
-"""A `part` is yet to be packed with others; what is `packed` was made of parts that had been placed, so that nothing
-has to move any more; a `whole` is finished, and still where its sources are."""
-
-
-@runtime_checkable
-class Place(Protocol):
-    """Puts an array where it belongs; bfloat16 is raw."""
-
-    def __call__(
-        self,
-        array: Shaped[Array, "..."],
-        spec: PartitionSpec,
-        stage: Stage,
-        origin: Shaped[Array, "..."] | None = None,
-    ) -> Shaped[Array, "..."]:
-        """The array, partitioned.
-
-        Args:
-            array: What to place.
-            spec: How the engine partitions it.
-            stage: What has been done to it.
-            origin: Of a part, the array of the block that it is, before a cast to the engine's dtype.
-        """
-
-
-def nowhere(
-    array: Shaped[Array, "..."], spec: PartitionSpec, stage: Stage, origin: Shaped[Array, "..."] | None = None
-) -> Shaped[Array, "..."]:
-    """The `Place` of arrays that stay where they are."""
-    del spec, stage, origin
-    return array
 
 
 class Layout(abc.ABC):
@@ -158,46 +126,28 @@ class Layout(abc.ABC):
         """Whether the engine fills the leaf of this name itself, so that no trainer ever writes it."""
         return False
 
-    def part_specs(self, block: blocks.Block) -> tuple[PartitionSpec, ...]:
-        """How the arrays of a block are best partitioned before they are packed, in the order of `jax.tree.leaves`.
-
-        Such that packing them moves nothing between devices, and what has to move does so without pads and copies.
-        Empty where that cannot be: then the packed array is partitioned.
-        """
-        del block
-        return ()
-
-    def lower(self, block: blocks.Block, place: Place = nowhere) -> tuple[Tensor, ...]:
-        """The arrays that the engine holds for one block.
+    def lower(self, block: blocks.Block) -> tuple[Tensor, ...]:
+        """Makes the arrays that the engine holds for one block, in its dtype.
 
         Args:
             block: The block, in the trainer's dtype.
-            place: Puts an array where it belongs, given its spec; called while bfloat16 is still raw.
 
         Raises:
             LayoutError: The engine cannot hold it: a size is not divisible by the topology.
         """
-        if not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(block)):
-            raise self._unknown(block)
+        return tuple(
+            dataclasses.replace(tensor, array=bits.from_bits(tensor.array)) for tensor in self.pack(self.cast(block))
+        )
+
+    def cast(self, block: _Block) -> _Block:
+        """Casts the arrays of a block to the dtype that the engine stores it in; bfloat16 as its bits."""
         float32 = isinstance(block, blocks.Param) and block.float32
         dtypes = [jnp.bfloat16 if leaf.dtype == jnp.uint16 else leaf.dtype for leaf in jax.tree.leaves(block)]
         dtype = jnp.dtype(jnp.float32) if float32 else self.dtype or jnp.result_type(*dtypes)
-        origins, tree = jax.tree.flatten(block)
-        leaves = [_stored(leaf, dtype) for leaf in origins]
-        if cuts := self.part_specs(block):
-            leaves = [
-                place(leaf, spec, "part", origin) for leaf, spec, origin in zip(leaves, cuts, origins, strict=True)
-            ]
-        arranged = self.pack(jax.tree.unflatten(tree, leaves))
-        return tuple(
-            dataclasses.replace(
-                tensor, array=bits.from_bits(place(tensor.array, tensor.spec, "packed" if cuts else "whole"))
-            )
-            for tensor in arranged
-        )
+        return jax.tree.map(functools.partial(_stored, dtype=dtype), block)
 
     def pack(self, block: blocks.Block) -> tuple[Tensor, ...]:
-        """Moves, pads and repeats the arrays of one block, whatever their dtype; `lower` is this on raw bits.
+        """Moves, pads and repeats the arrays of one block, whatever their dtype.
 
         Raises:
             LayoutError: As `lower`.
@@ -228,9 +178,10 @@ class Layout(abc.ABC):
             case blocks.TrainerParam():
                 return self.trainer_param(block)
             case _:
-                raise self._unknown(block)
+                raise self.unknown(block)
 
-    def _unknown(self, block: object) -> LayoutError:
+    def unknown(self, block: object) -> LayoutError:
+        """Returns the error for something that is no block, or none that this layout knows."""
         kind, layout = type(block), type(self).__name__
         return LayoutError(
             f"a {kind.__module__}.{kind.__qualname__}, which {layout} does not know",

@@ -7,13 +7,10 @@ layers/vllm/custom_ops/linear.py, layers/vllm/quantization/{configs,unquantized}
 
 import dataclasses
 import functools
-import math
 import re
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
 from portax.errors import LayoutError
@@ -133,29 +130,6 @@ class TpuInference(QuantisedTorchax):
     def is_engine_owned(self, name: str) -> bool:
         """Attention scales, the rotary cache, constants, and whatever belongs to other modalities."""
         return _ENGINE_OWNED.search(name) is not None
-
-    def part_specs(self, block: blocks.Block) -> tuple[PartitionSpec, ...]:
-        """Matrices as their slices of a shard, before they are merged, transposed or flattened; experts likewise."""
-        parts, tp, axes = jax.tree.leaves(block), self.tp, self._tp_axes
-        match block:
-            case blocks.Linear(parallel="row"):
-                at, axes, tp = [0], self._linear_axes, self._linear_tp
-            case blocks.Linear(parallel="column"):
-                at, axes, tp = [1], self._linear_axes, self._linear_tp
-            case blocks.MergedLinear() | blocks.QKV():
-                biases = len(block.bias) if isinstance(block, blocks.QKV) else 0
-                at, axes, tp = [1] * (len(parts) - biases) + [0] * biases, self._linear_axes, self._linear_tp
-            case blocks.FusedMoE():
-                at = [2, 2, 1] if self.moe_backend == "gmm_tp" else [0, 0, 0]
-            case blocks.Embedding() | blocks.TiedLMHead():
-                at, tp = [0], math.lcm(tp, _VOCAB_MULTIPLE)
-            case blocks.LMHead():
-                at, tp = [1], math.lcm(tp, _VOCAB_MULTIPLE)
-            case _:
-                return ()
-        if any(part.shape[axis] % tp for part, axis in zip(parts, at, strict=True)):
-            return ()
-        return tuple(self._spec(*[None] * axis, axes) for axis in at)
 
     def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:
         """`[in, out]`, cut on the side that is parallel."""

@@ -56,7 +56,7 @@ class Plan(Report):
         definition: What is exact, in words, where that is not the trainer's values cast to the engine's dtype.
         entries: Every engine leaf that is written, in the order of writing.
         bytes_in: Bytes of the trainer leaves.
-        tensors_per_layer: For each section of the trainer's tree, how many entries each of its layers has.
+        tensors_per_layer: For each group of layers, how many entries each of its layers has.
         working_bytes: Bytes in work at a time, beside source and results: the layers in flight.
         ignored: Variables of the trainer's state that are no parameters.
         engine_owned: Leaves of the target that the engine fills itself; empty without a target.

@@ -19,14 +19,14 @@ from portax.planning import causes
 from portax.planning.plan import PROGRAMS_IN_FLIGHT, Entry, Plan, axes_of, spec_text
 from portax.planning.trace import Hooks, Trace, trace
 from portax.trainer.param_tree import ParamTree
-from portax.trainer.scan import Section
+from portax.trainer.scan import LayerGroup
 
 
 def make_plan(
     hooks: Hooks,
     module_prefix: str,
-    state: ParamTree,
-    sections: Sequence[Section],
+    tree: ParamTree,
+    groups: Sequence[LayerGroup],
     *,
     target: Mapping[str, Any] | None,
     strict_dtype: bool,
@@ -36,8 +36,8 @@ def make_plan(
     Args:
         hooks: The converter.
         module_prefix: What the engine wraps its language model in.
-        state: The trainer's state.
-        sections: The state's sections.
+        tree: The trainer's tree.
+        groups: The tree's groups.
         target: The engine's leaves by name (arrays or shapes), if they are known.
         strict_dtype: Whether a cast that loses precision is a problem.
 
@@ -48,20 +48,20 @@ def make_plan(
     entries: list[Entry] = []
     tensors_per_layer: list[int] = []
     working = 0
-    for section in sections:
-        traced = trace(hooks, section)
-        problems += _section_problems(section, traced, state, hooks.config)
-        new = list(_entries(hooks.layout, module_prefix, section, traced, state.root))
-        working = max(working, sum(entry.nbytes for entry in new) // len(section.layers))
+    for group in groups:
+        traced = trace(hooks, group)
+        problems += _group_problems(group, traced, tree, hooks.config)
+        new = list(_entries(hooks.layout, module_prefix, group, traced, tree.root))
+        working = max(working, sum(entry.nbytes for entry in new) // len(group.layers))
         entries += new
         tensors_per_layer.append(len(traced.tensors))
-    problems += _depth_problems(sections, hooks.config.num_decoder_layers, state.root, problems)
+    problems += _depth_problems(groups, hooks.config.num_decoder_layers, tree.root, problems)
     problems += _entry_problems(entries, hooks.layout, strict_dtype)
     owned: tuple[str, ...] = ()
     if target is not None:
         owned, target_problems = _against_target(entries, target, hooks.layout)
         problems += target_problems
-    bytes_in = sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in state.leaves.values())
+    bytes_in = sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in tree.leaves.values())
     plan = Plan(
         layout=repr(hooks.layout),
         definition=hooks.layout.definition,
@@ -69,17 +69,17 @@ def make_plan(
         tensors_per_layer=tuple(tensors_per_layer),
         bytes_in=bytes_in,
         working_bytes=PROGRAMS_IN_FLIGHT * working,
-        ignored=state.ignored,
+        ignored=tree.ignored,
         engine_owned=owned,
-        left=state.left,
+        left=tree.left,
     )
     if problems:
         raise PlanError(_folded(problems), plan)
     return plan
 
 
-def _entries(layout: Layout, module_prefix: str, section: Section, traced: Trace, root: str) -> Iterable[Entry]:
-    for layer in section.layers:
+def _entries(layout: Layout, module_prefix: str, group: LayerGroup, traced: Trace, root: str) -> Iterable[Entry]:
+    for layer in group.layers:
         name = functools.partial(
             layout.full_name, layer=layer.index, unscanned=layer.unscanned, module_prefix=module_prefix
         )
@@ -118,8 +118,8 @@ def _folded(problems: Iterable[Problem]) -> Iterable[Problem]:
     return [dataclasses.replace(problem, leaf=fold(names)[0]) for problem, names in groups.items()]
 
 
-def _section_problems(section: Section, traced: Trace, state: ParamTree, config: ModelConfig) -> list[Problem]:
-    layer = section.layers[0]
+def _group_problems(group: LayerGroup, traced: Trace, tree: ParamTree, config: ModelConfig) -> list[Problem]:
+    layer = group.layers[0]
     used = traced.used | {problem.leaf for problem in traced.problems}
     unused = [
         Problem(
@@ -128,31 +128,31 @@ def _section_problems(section: Section, traced: Trace, state: ParamTree, config:
             "only leaves that this model has",
             causes.OTHER_MODEL,
         )
-        for path in section.kind.paths
+        for path in group.paths
         if path not in used
     ]
 
     def finished(problem: Problem) -> Problem:
         path = problem.leaf
-        named = dataclasses.replace(problem, leaf=state.root + section.names(path))
+        named = dataclasses.replace(problem, leaf=tree.root + group.names(path))
         if path not in layer.leaves and path not in traced.expected:
             return named  # of a block, not of a leaf
         suspect = causes.Suspect(
             path=layer.path(path),
             found=tuple(layer.leaves[path].shape) if path in layer.leaves else None,
             expected=traced.expected.get(path),
-            types=section.kind.types,
+            types=group.types,
             config=config,
-            tree=state.leaves.keys(),
-            left=state.left,
+            tree=tree.leaves.keys(),
+            left=tree.left,
         )
         return dataclasses.replace(named, cause=causes.likely_cause(suspect) or problem.cause)
 
     return [finished(problem) for problem in (*traced.problems, *unused)]
 
 
-def _depth_problems(sections: Sequence[Section], expected: int, root: str, others: Sequence[Problem]) -> list[Problem]:
-    found = sorted(layer.index for section in sections for layer in section.layers if layer.index is not None)
+def _depth_problems(groups: Sequence[LayerGroup], expected: int, root: str, others: Sequence[Problem]) -> list[Problem]:
+    found = sorted(layer.index for group in groups for layer in group.layers if layer.index is not None)
     if found == list(range(expected)):
         return []
     if doubled := sorted({index for index in found if found.count(index) > 1}):

@@ -1,49 +1,93 @@
-"""From a section of the trainer's tree to the engine's tensors: for real inside a program, or abstractly in a plan."""
+"""Traces hooks and layouts on shapes: the blocks of a layer, the engine's tensors, and the leaves that feed each."""
 
 import dataclasses
 import functools
+import itertools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, Literal
-from jax.sharding import NamedSharding
-from jaxtyping import Array, Int, Shaped
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from portax.config.model_config import ModelConfig
 from portax.errors import LayoutError, Problem
-from portax.layouts import Layout, Place, Tensor, nowhere
-from portax.trainer.layer_params import Axes, LayerParams
-from portax.trainer.scan import Kind, Section
+from portax.layouts import Layout, Tensor
+from portax.trainer.layer_params import SCALED_NAME, Axes, LayerParams, own_shape
+from portax.trainer.scan import LayerGroup
 from portax.weights.blocks import Block
+
+_MOVES = frozenset(
+    (
+        "bitcast_convert_type",
+        "broadcast_in_dim",
+        "concatenate",
+        "copy",
+        "dynamic_slice",
+        "dynamic_update_slice",
+        "expand_dims",
+        "gather",
+        "pad",
+        "reshape",
+        "rev",
+        "scatter",
+        "select_n",
+        "slice",
+        "split",
+        "squeeze",
+        "transpose",
+    )
+)
+"""Primitives that move elements and leave their bits alone."""
 
 
 @runtime_checkable
 class Hooks(Protocol):
-    """What tracing needs of a converter."""
+    """The part of a converter that tracing needs."""
 
     config: ModelConfig
     layout: Layout
 
     def global_weights(self, model: LayerParams) -> tuple[Block, ...]:
-        """Blocks outside the layers."""
+        """Returns the blocks outside the layers."""
 
     def layer_blocks(self, layer: LayerParams) -> tuple[Block, ...]:
-        """Blocks of one layer."""
+        """Returns the blocks of one layer."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HookTrace:
+    """A group's hooks as a program: from the layer's own leaves to the arrays of its blocks.
+
+    Attributes:
+        jaxpr: Takes the leaves in the order of the group's paths, and `zero`; returns the arrays of all blocks.
+        blocks: The structure of each block, and its name.
+        problems: Everything that is wrong; leaves are named relative to the layer.
+        expected: Axes of every leaf that a hook has read, relative to the layer.
+    """
+
+    jaxpr: ClosedJaxpr
+    blocks: tuple[tuple[Any, str], ...]
+    problems: tuple[Problem, ...]
+    expected: Mapping[str, Axes]
+
+    def __call__(self, values: Sequence[Any], zero: Any) -> tuple[Block, ...]:
+        """Returns the blocks of these values; to be traced."""
+        arrays = iter(jax.core.eval_jaxpr(self.jaxpr.jaxpr, self.jaxpr.consts, *values, zero))
+        return tuple(jax.tree.unflatten(tree, itertools.islice(arrays, tree.num_leaves)) for tree, _ in self.blocks)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What one section turns into, from shapes alone.
+    """The engine's tensors of one layer of a group, from shapes alone.
 
     Attributes:
-        tensors: The engine's tensors of one layer; their arrays are `jax.ShapeDtypeStruct`s.
+        tensors: Their arrays are `jax.ShapeDtypeStruct`s.
         sources: For each tensor, the trainer leaves that its values come from, relative to the layer.
         used: All leaves that any block holds, those of refused blocks included.
-        problems: What is wrong; leaves are named relative to the layer.
-        expected: Axes of every leaf that a hook has asked for, relative to the layer.
+        problems: Everything that is wrong; leaves are named relative to the layer.
+        expected: Axes of every leaf that a hook has read, relative to the layer.
     """
 
     tensors: tuple[Tensor, ...]
@@ -53,78 +97,144 @@ class Trace:
     expected: Mapping[str, Axes]
 
 
-def lower(
-    hooks: Hooks, leaves: LayerParams, *, is_global: bool, place: Place = nowhere
-) -> tuple[tuple[Tensor, ...], tuple[Shaped[Array, "..."], ...]]:
-    """Asks the hooks what the leaves are, and the layout how the engine holds that.
+def trace_hooks(hooks: Hooks, group: LayerGroup, dtypes: Sequence[Any] | None = None) -> HookTrace:
+    """Runs a group's hooks on shapes; no weight is touched.
 
     Args:
         hooks: The converter.
-        leaves: The leaves of one layer, or of the model outside its layers.
-        is_global: Which of the two.
-        place: Puts an array where it belongs; see `Layout.lower`.
-
-    Returns:
-        The engine's tensors, and the arrays that the layout refuses; why is recorded in `leaves.problems`.
+        group: The layers.
+        dtypes: Dtypes of the leaves; None for those that the group's shapes have.
     """
+    shapes = group.shapes
+    dtypes = [jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in shapes] if dtypes is None else dtypes
+    own = [
+        jax.ShapeDtypeStruct(own_shape(tuple(leaf.shape), axis, group.scan), _bits_dtype(dtype))
+        for leaf, axis, dtype in zip(shapes, group.scan_axes, dtypes, strict=True)
+    ]
+    seen: list[LayerParams] = []
+    blocks: list[tuple[Any, str]] = []
+
+    def run(values: Sequence[Any], zero: Any) -> list[Any]:
+        params = LayerParams(
+            dict(zip(group.paths, values, strict=True)),
+            hooks.config,
+            types=group.types,
+            stacks=dict(zip(group.paths, shapes, strict=True)),
+            scan=group.scan,
+            scan_axis=group.scan_axis,
+            zero=zero,
+        )
+        seen.append(params)
+        found = hooks.global_weights(params) if group.is_global else hooks.layer_blocks(params)
+        odd = [block for block in found if not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(block))]
+        params.problems += [_refusal(hooks.layout, _name(block), hooks.layout.unknown(block)) for block in odd]
+        found = tuple(block for block in found if block not in odd)
+        blocks[:] = [(jax.tree.structure(block), _name(block)) for block in found]
+        return jax.tree.leaves(found)
+
+    jaxpr = jax.make_jaxpr(run)(own, jax.ShapeDtypeStruct((), jnp.bool_))
+    return HookTrace(jaxpr, tuple(blocks), tuple(seen[-1].problems), seen[-1].expected)
+
+
+def trace(hooks: Hooks, group: LayerGroup) -> Trace:
+    """Traces one layer of a group up to the engine's tensors; no weight is touched."""
+    traced = trace_hooks(hooks, group)
+    problems = [*traced.problems] or _arithmetic(hooks, group, traced)
+    layout = hooks.layout.for_layer(group.types)
+    marks = [*(1 << i for i in range(len(group.paths))), 0]  # `zero` comes last
+    parts = zip(traced.jaxpr.out_avals, _reached(traced.jaxpr.jaxpr, marks), strict=True)
     tensors: list[Tensor] = []
-    refused: list[Shaped[Array, "..."]] = []
-    layout = hooks.layout.for_layer(leaves.types)
-    for block in hooks.global_weights(leaves) if is_global else hooks.layer_blocks(leaves):
+    reached: list[int] = []
+    refused: list[int] = []
+    for tree, name in traced.blocks:
+        of_block = [*itertools.islice(parts, tree.num_leaves)]
+        fed_by = [mark for _, mark in of_block]
         try:
-            tensors += layout.lower(block, place)
+            jaxpr, made = _lowered(layout, tree, [aval for aval, _ in of_block])
         except LayoutError as error:
-            refused += [leaf for leaf in jax.tree.leaves(block) if isinstance(leaf, jax.Array)]
-            leaves.problems.append(
-                Problem(
-                    getattr(block, "name", type(block).__name__),
-                    str(error),
-                    error.expected or f"sizes that {type(hooks.layout).__name__} can cut",
-                    error.cause or "this tensor-parallel size does not fit this model",
-                )
-            )
-    return tuple(tensors), tuple(refused)
+            refused += fed_by
+            problems.append(_refusal(layout, name, error))
+            continue
+        tensors += made
+        reached += _reached(jaxpr.jaxpr, fed_by)
+    sources = [_paths(group, mark) for mark in reached]
+    used = frozenset().union(*sources, *(_paths(group, mark) for mark in refused))
+    return Trace(tuple(tensors), tuple(sources), used, tuple(problems), traced.expected)
 
 
-def layer_leaves(
-    hooks: Hooks,
-    kind: Kind,
-    arrays: tuple[Any, ...],
-    position: Int[Array, " depth"],
-    shardings: Mapping[str, NamedSharding] | None = None,
-) -> LayerParams:
-    """One layer as its hooks see it, given its arrays and its place in their stack."""
-    by_path = dict(zip(kind.paths, arrays, strict=True))
-    return LayerParams(by_path, hooks.config, types=kind.types, scan=kind.scan, position=position, shardings=shardings)
+def _paths(group: LayerGroup, mark: int) -> tuple[str, ...]:
+    return tuple(path for i, path in enumerate(group.paths) if mark >> i & 1)
 
 
-def trace(hooks: Hooks, section: Section) -> Trace:
-    """Runs the hooks on shapes; no weight is touched."""
-    kind = section.kind
-    problems: list[Problem] = []
-    expected: dict[str, Axes] = {}
+def _lowered(layout: Layout, tree: Any, avals: Sequence[Any]) -> tuple[ClosedJaxpr, tuple[Tensor, ...]]:
+    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    return jax.make_jaxpr(lambda *parts: layout.lower(jax.tree.unflatten(tree, parts)), return_shape=True)(*shapes)
 
-    def one_layer(arrays, position):
-        leaves = layer_leaves(hooks, kind, arrays, position)
-        held = lower(hooks, leaves, is_global=kind.is_global)
-        problems.extend(leaves.problems)
-        expected.update(leaves.expected)
-        return held
 
-    shapes = tuple(
-        jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
-        for leaf in section.arrays(section.layers[0])
+def _refusal(layout: Layout, name: str, error: LayoutError) -> Problem:
+    return Problem(
+        name,
+        str(error),
+        error.expected or f"sizes that {type(layout).__name__} can cut",
+        error.cause or "this tensor-parallel size does not fit this model",
     )
-    position = jax.ShapeDtypeStruct((max(len(kind.scan), 1),), jnp.int32)
-    jaxpr, (tensors, _) = jax.make_jaxpr(one_layer, return_shape=True)(shapes, position)
-    marks = [*(1 << i for i in range(len(kind.paths))), 0]  # the position comes last
-    reached = _reached(jaxpr.jaxpr, marks)
-    sources = [tuple(path for path, bit in zip(kind.paths, marks, strict=False) if bit & mark) for mark in reached]
-    used = frozenset().union(*sources)
-    return Trace(tensors, tuple(sources[: len(tensors)]), used, tuple(problems), expected)
 
 
-def _reached(jaxpr: Jaxpr, marks: Iterable[int]) -> list[int]:
+def _name(block: Any) -> str:
+    return getattr(block, "name", type(block).__name__)
+
+
+def _bits_dtype(dtype: Any) -> Any:
+    return jnp.uint16 if dtype == jnp.bfloat16 else dtype
+
+
+def _arithmetic(hooks: Hooks, group: LayerGroup, traced: HookTrace) -> list[Problem]:
+    """Problems for hooks that compute with what they read, which is right for float32 and wrong for bits."""
+    if any(leaf.dtype != jnp.bfloat16 for leaf in group.shapes):  # another dtype may hide a cast to it
+        traced = trace_hooks(hooks, group, [jnp.bfloat16] * len(group.paths))
+    found: dict[tuple[str, str], Problem] = {}
+    marks = [*(1 << i for i in range(len(group.paths))), 0]
+    for name, mark in _computed(traced.jaxpr.jaxpr, marks):
+        for path in _paths(group, mark):
+            found[path, name] = Problem(
+                path,
+                f"a hook that computes with it ({name})",
+                "moves alone: reshape, transpose, slice, concatenate, pad with zeros, gather",
+                "bfloat16 comes as its bits, so arithmetic gives other numbers: pass read(..., scale_shift="
+                "ScaleShift(...)), and leave casts to the layout",
+            )
+    return [*found.values()]
+
+
+def _computed(jaxpr: Jaxpr, marks: Iterable[int]) -> list[tuple[str, int]]:
+    """The primitives that compute with marked inputs, and the marks of those inputs."""
+    computed: list[tuple[str, int]] = []
+
+    def visit(equation: Any, given: list[int]) -> None:
+        name = equation.primitive.name
+        if name == "pad" and not _is_zero(equation.invars[1]):
+            name = "pad with something else than zeros"
+        if any(given) and name not in _MOVES and not inner_program(equation):
+            computed.append((name, functools.reduce(operator.or_, given, 0)))
+
+    _reached(jaxpr, marks, visit)
+    return computed
+
+
+def _is_zero(atom: Any) -> bool:
+    return isinstance(atom, Literal) and atom.val == 0
+
+
+def inner_program(equation: Any) -> tuple[Jaxpr, int] | None:
+    """Returns the program that an equation runs, and how many of its inputs are not that program's; None for others."""
+    if equation.primitive.name in ("jit", "pjit") and equation.params.get("name") != SCALED_NAME:
+        return equation.params["jaxpr"].jaxpr, 0
+    if equation.primitive.name == "cond":  # one for each platform; they do the same
+        return equation.params["branches"][-1].jaxpr, 1
+    return None
+
+
+def _reached(jaxpr: Jaxpr, marks: Iterable[int], visit: Any = None) -> list[int]:
     """The bits that mark a program's inputs, joined for each output in those that its value depends on."""
     of: dict[Any, int] = dict(zip(jaxpr.invars, marks, strict=True))
 
@@ -133,9 +243,12 @@ def _reached(jaxpr: Jaxpr, marks: Iterable[int]) -> list[int]:
 
     for equation in jaxpr.eqns:
         given = [mark(atom) for atom in equation.invars]
-        if equation.primitive.name in ("jit", "pjit"):
-            made = _reached(equation.params["jaxpr"].jaxpr, given)
+        if inner := inner_program(equation):
+            program, first = inner
+            made = _reached(program, given[first:], visit)
         else:
+            if visit is not None and equation.params.get("name") != SCALED_NAME:
+                visit(equation, given)
             made = [functools.reduce(operator.or_, given, 0)] * len(equation.outvars)
         of.update(zip(equation.outvars, made, strict=True))
     return [mark(atom) for atom in jaxpr.outvars]

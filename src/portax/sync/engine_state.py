@@ -9,7 +9,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Shaped
 
 from portax.errors import PlanError, Problem
-from portax.execution.executor import device_order
+from portax.execution.sharding import device_order
 from portax.planning.plan import Plan
 from portax.sync.claim import Claim
 from portax.sync.transfer import zeros
@@ -170,6 +170,10 @@ class EngineState:
     def shardings(self, names: Sequence[str]) -> tuple[Sharding, ...]:
         """How the planned leaves of these names are partitioned."""
         return tuple(self._shapes[name].sharding for name in names)
+
+    def all_shardings(self) -> Iterable[Sharding]:
+        """Returns how every planned leaf is partitioned."""
+        return (shape.sharding for shape in self._shapes.values())
 
     def device_order(self) -> tuple[jax.Device, ...]:
         """The devices that hold planned leaves, as programs number them."""

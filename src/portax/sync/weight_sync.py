@@ -1,7 +1,7 @@
 """`WeightSync`: plan once, then write a live engine's weights in place, every step."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 from jax.sharding import Sharding
@@ -10,14 +10,21 @@ from portax._text.timing import timed
 from portax.converters.base import BaseConverter
 from portax.errors import PlanError, Problem, SyncError
 from portax.execution.byte_counts import byte_count
-from portax.execution.executor import Arrays, Conversion, check_arrays, device_order, on_sharding
-from portax.execution.schedule import Job
+from portax.execution.executor import Arrays, Conversion, PreparedCall
+from portax.execution.inputs import Inputs, source_sharding, tree_sharding
+from portax.execution.schedule import ProgramCall
+from portax.execution.sharding import automatic, check_arrays, device_order, mesh_of, on_sharding
+from portax.planning.jax_context import in_own_context
+from portax.planning.plan import Plan
 from portax.sync.attempts import Attempt, mark_lost, mark_written, torn
 from portax.sync.claim import Claim
 from portax.sync.engine_state import EngineState, pointer
 from portax.sync.fingerprint import fingerprints
 from portax.sync.report import PHASES, SyncReport, Torn, Verification, peak_bytes
 from portax.sync.transfer import CrossProcessTransfer, LocalTransfer, all_moved_bytes, route_between
+
+_Prepared: TypeAlias = tuple[Plan, dict[str, Any], Any, list[tuple[ProgramCall, PreparedCall | None, bool]]]
+"""A plan, the shardings of its trees and the route that calls are prepared for, and the calls: whether in place."""
 
 
 class WeightSync:
@@ -36,6 +43,7 @@ class WeightSync:
         >>> report = sync(params)
     """
 
+    @in_own_context
     def __init__(
         self,
         converter: BaseConverter,
@@ -80,10 +88,12 @@ class WeightSync:
             self._engine.record(self.plan)
         self._attempt = Attempt()
         self._counted: tuple[Any, int] = (None, 0)
+        self._prepared: _Prepared | None = None
         self._route: LocalTransfer | CrossProcessTransfer = LocalTransfer()
         if params is not None:
             self._compile(self._planned(params))
 
+    @in_own_context
     def __call__(self, params: Any) -> SyncReport:
         """Writes the trainer's weights into the engine.
 
@@ -111,6 +121,7 @@ class WeightSync:
         """
         return torn(self._engine.planned())
 
+    @in_own_context
     def verify(self, params: Any) -> Verification:
         """Compares the engine's leaves with what these parameters give, by fingerprints computed on the devices.
 
@@ -156,24 +167,24 @@ class WeightSync:
 
     def _planned(self, params: Any) -> Conversion:
         conversion = self._converter.conversion(params)
-        shardings = (getattr(leaf, "sharding", None) for leaf in conversion.state.leaves.values())
-        source = next((device_order(sharding) for sharding in shardings if sharding is not None), ())
-        self._route = route_between(source, self._engine.device_order(), self._route)
+        source = tree_sharding(conversion.tree)
+        sources = () if source is None else device_order(source)
+        self._route = route_between(sources, self._engine.device_order(), self._route)
         return conversion
 
     def _checked(self, params: Any) -> Conversion:
         conversion = self._planned(params)
-        check_arrays(conversion.state)
+        check_arrays(conversion.tree)
         self._engine.check()
         held = self._engine.buffers()
         shared = [
             Problem(
-                conversion.state.root + path,
+                conversion.tree.root + path,
                 f"the buffer of the engine's {held[pointer(leaf)]}",
                 "a buffer of its own",
                 "the engine was given the trainer's arrays, which a sync would overwrite: give it copies",
             )
-            for path, leaf in conversion.state.leaves.items()
+            for path, leaf in conversion.tree.leaves.items()
             if pointer(leaf) in held
         ]
         if shared:
@@ -181,11 +192,26 @@ class WeightSync:
         return conversion
 
     def _compile(self, conversion: Conversion) -> None:
-        """Compiles what is not compiled yet."""
-        for job in conversion.jobs(self._bucket_bytes):
-            self._route.compile(self._shapes(job))
+        """Prepares every call, and compiles what is not compiled yet; a tree like the last one finds all done."""
+        shardings = {path: getattr(leaf, "sharding", None) for path, leaf in conversion.tree.leaves.items()}
+        kept = self._prepared
+        if kept is not None and kept[0] is conversion.plan and kept[1:3] == (shardings, self._route):
+            return
+        calls: list[tuple[ProgramCall, PreparedCall | None, bool]] = []
+        inputs = self._inputs(conversion)
+        for call in conversion.calls(self._bucket_bytes):
+            self._route.compile(self._shapes(call))
             if self._route.sends:
-                conversion.compile(job, self._shardings(job), donating=self._in_place(job))
+                donating = self._in_place(inputs, call)
+                targets = self._shardings(call)
+                conversion.compile(call, targets, donating=donating)
+                calls.append((call, conversion.prepare(call, targets, donating=donating), donating))
+            else:
+                calls.append((call, None, False))
+        self._prepared = (conversion.plan, shardings, self._route, calls)
+
+    def _inputs(self, conversion: Conversion) -> Inputs:
+        return conversion.inputs(mesh_of(automatic(next(iter(self._engine.all_shardings())))))
 
     def _write(
         self, conversion: Conversion, made: dict[str, Sharding], seconds: dict[str, float]
@@ -234,27 +260,32 @@ class WeightSync:
             made: Gets how each one was held when it had been made.
             seconds: Of each phase so far.
         """
-        moving: dict[str, jax.Array] = {}
-        for job in conversion.jobs(self._bucket_bytes):
-            names = [entry.name for entry in job.entries]
+        inputs = self._inputs(conversion)
+        last: dict[str, jax.Array] = {}
+        for call, prepared, in_place in self._calls():
+            donors = None if self._atomic else self._donate(call.names)
             with timed(seconds, "convert"):
-                donors = self._donate(names) if self._in_place(job) else ()
-                arrays = jax.block_until_ready(self._make(conversion, job, donors))
-            made |= {name: array.sharding for name, array in zip(names, arrays, strict=False)}
-            if donors:
-                yield dict(zip(names, arrays, strict=True))
-                continue
-            with timed(seconds, "transfer"):
-                ready = jax.block_until_ready(moving)
-                arrived = self._route.send(arrays, None if self._atomic else self._donate(names), self._shapes(job))
-                moving = dict(zip(names, map(on_sharding, arrived, self._shardings(job)), strict=True))
+                arrays = prepared(inputs, donors or () if in_place else ()) if prepared is not None else ()
+            made |= {name: array.sharding for name, array in zip(call.names, arrays, strict=False)}
+            with timed(seconds, "convert" if in_place else "transfer"):
+                if not in_place:
+                    arrived = self._route.send(arrays, donors, self._shapes(call))
+                    arrays = tuple(map(on_sharding, arrived, self._shardings(call)))
+                ready = jax.block_until_ready(last)
             yield ready
-        with timed(seconds, "transfer"):
-            ready = jax.block_until_ready(moving)
+            last = dict(zip(call.names, arrays, strict=True))
+        with timed(seconds, "convert"):
+            ready = jax.block_until_ready(last)
         yield ready
 
-    def _make(self, conversion: Conversion, job: Job, donors: Arrays = ()) -> Arrays:
-        return conversion.make(job, self._shardings(job), donors) if self._route.sends else ()
+    def _calls(self) -> list[tuple[ProgramCall, PreparedCall | None, bool]]:
+        assert self._prepared is not None  # noqa: S101 - _compile ran
+        return self._prepared[3]
+
+    def _make(self, conversion: Conversion, inputs: Inputs, call: ProgramCall) -> Arrays:
+        if not self._route.sends:
+            return ()
+        return conversion.prepare(call, self._shardings(call), donating=False)(inputs)
 
     def _assign(self, leaves: dict[str, jax.Array], seconds: dict[str, float]) -> None:
         with timed(seconds, "assign"):
@@ -265,16 +296,17 @@ class WeightSync:
                 if (kept := self._engine.leaf(name)) is not leaf:  # by a box that makes something else of it
                     mark_written(kept, self._attempt)
 
-    def _donate(self, names: list[str]) -> Arrays:
+    def _donate(self, names: Sequence[str]) -> Arrays:
         for name in names:  # lost, until what is made of them has arrived
             mark_lost(self._engine.leaf(name), self._attempt)
         return tuple(self._engine.donate(name) for name in names)
 
     def _compared(self, conversion: Conversion, leaves: Mapping[str, Any]) -> Verification:
         different = []
-        for job in conversion.jobs(self._bucket_bytes):
-            names = [entry.name for entry in job.entries]
-            expected = fingerprints(self._make(conversion, job))
+        inputs = self._inputs(conversion)
+        for call in conversion.calls(self._bucket_bytes):
+            names = call.names
+            expected = fingerprints(self._make(conversion, inputs, call))
             held = fingerprints(leaves[name] for name in names) if self._route.receives else []
             shared = zip(
                 names, self._route.shared(expected, len(names)), self._route.shared(held, len(names)), strict=True
@@ -284,21 +316,20 @@ class WeightSync:
 
     def _moved(self, conversion: Conversion, made: dict[str, Sharding]) -> int:
         """Bytes that moved between devices; counted once for all syncs that are alike."""
-        leaves, plan = conversion.state.rooted, conversion.plan
+        leaves, plan = conversion.tree.rooted, conversion.plan
         alike = (plan, {path: getattr(leaf, "sharding", None) for path, leaf in leaves.items()}, made)
         if self._counted[0] != alike:
             targets = self._engine.shapes([entry.name for entry in plan.entries])
             self._counted = (alike, all_moved_bytes(plan, leaves, made, targets))
         return self._counted[1]
 
-    def _shapes(self, job: Job) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return self._engine.shapes([entry.name for entry in job.entries])
+    def _shapes(self, call: ProgramCall) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return self._engine.shapes(call.names)
 
-    def _shardings(self, job: Job) -> tuple[Any, ...]:
-        return self._engine.shardings([entry.name for entry in job.entries])
+    def _shardings(self, call: ProgramCall) -> tuple[Sharding, ...]:
+        return self._engine.shardings(call.names)
 
-    def _in_place(self, job: Job) -> bool:
+    def _in_place(self, inputs: Inputs, call: ProgramCall) -> bool:
         """Whether one program can read the trainer's arrays and write into the engine's."""
-        source = job.source_sharding
-        target = self._shardings(job)[0]
-        return not self._atomic and source is not None and device_order(source) == device_order(target)
+        source = source_sharding(inputs.shapes(call))
+        return not self._atomic and source is not None and device_order(source) == self._engine.device_order()

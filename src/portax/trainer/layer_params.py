@@ -1,145 +1,154 @@
-"""What a hook sees: the leaves of one layer, read by path, checked against the config, sliced on read."""
+"""`LayerParams`: one layer's parameters as its hooks see them, read by path and checked against the config."""
 
-import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Shaped
 
 from portax.config.model_config import ModelConfig
 from portax.errors import Problem
-from portax.weights import bits, kernels
+from portax.weights import bits
 from portax.weights.scale_shift import ScaleShift
 
-NOWHERE = np.zeros(1, np.int32)
-
 Axes: TypeAlias = tuple[tuple[str, int], ...]
-"""What the config calls each axis of a leaf, `layers` for a scan axis, and its size."""
+"""The config's name of each axis of a leaf, `layers` for a scan axis, and its size."""
+
+Shape: TypeAlias = tuple[int, ...]
 
 
 class LayerParams:
-    """The trainer's leaves of one layer, or of the model outside its layers.
+    """The trainer's parameters of one layer, or of the model outside its layers.
 
     Reading one states what it must be: `layer.read("mlp/wo/kernel", "mlp_dim emb_dim")`. A leaf that is missing or of
-    another shape or kind is recorded in `problems` and read as zeros of the right shape, so that one pass over all
+    another shape or dtype is recorded in `problems` and read as something of the right shape, so that one pass over all
     hooks finds everything that is wrong; nothing runs while there are problems.
 
     Attributes:
-        config: Where the sizes of the axes come from.
-        problems: What has been found wrong so far; leaves are named relative to the layer.
-        expected: Axes, in the trainer's form, of every leaf that has been asked for.
-        types: What the config says of this layer and not of all the others, e.g. `{"global"}`.
+        config: Gives the sizes of the axes.
+        problems: All problems found so far; leaves are named relative to the layer.
+        expected: Axes, in the trainer's form, of every leaf that has been read.
+        types: The layer's types, as the config says: e.g. `{"full_attention"}`.
     """
 
     def __init__(
         self,
-        arrays: Mapping[str, Any],
+        values: Mapping[str, Any],
         config: ModelConfig,
         *,
         types: frozenset[str] = frozenset(),
-        scan: tuple[int, ...] = (),
-        position: Int[Array | np.ndarray, " depth"] = NOWHERE,
-        shardings: Mapping[str, NamedSharding] | None = None,
+        stacks: Mapping[str, Any] | None = None,
+        scan: Shape = (),
+        scan_axis: Callable[[str], int] | None = None,
+        zero: Bool[Array, ""] | bool = False,
     ):
         """Makes a view.
 
         Args:
-            arrays: The leaves, or the stacks that they are slices of, by path relative to the layer.
+            values: This layer's own slice of each leaf, by path relative to the layer; bfloat16 as its bits.
             config: The model's configuration.
-            types: What is special about the layer.
+            types: The layer's types.
+            stacks: The trainer's leaves that the values are slices of, or their shapes; None where they are the values.
             scan: Size of each scan axis of the stacks.
-            position: Index on each scan axis; `[0]` without one.
-            shardings: How the layer's own slice of each leaf is partitioned, where leaves are spread over devices.
+            scan_axis: First scan axis of a stacked leaf, by its path; None for `config.param_scan_axis`.
+            zero: False, as an argument of the program; see `bits.pin_bits`.
         """
         self.config = config
         self.types = types
         self.problems: list[Problem] = []
         self.expected: dict[str, Axes] = {}
-        self._arrays = arrays
+        self._values = values
+        self._stacks = values if stacks is None else stacks
         self._scan = scan
-        self._position = position
-        self._shardings = shardings or {}
-        self._read: dict[int, tuple[Any, NamedSharding]] = {}
+        self._scan_axis = scan_axis or (lambda _: config.param_scan_axis)
+        self._zero = zero
 
     def __contains__(self, path: str) -> bool:
-        """Whether the tree has this leaf; what that decides, the config must permit."""
-        return path in self._arrays
+        """Whether the tree has this leaf; the config must permit what that decides."""
+        return path in self._stacks
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The leaves that the tree has, whatever the config says."""
-        return tuple(self._arrays)
+        """Paths of the leaves that the tree has, whatever the config says."""
+        return tuple(self._stacks)
 
     def take(self, path: str) -> Shaped[Array, "..."]:
-        """One leaf of this layer as it is, for who moves it without knowing what it means; bfloat16 as its bits.
+        """Takes one leaf of this layer as it is, to move it without knowing what it means; bfloat16 as its bits.
 
         Args:
             path: Path of a leaf that the tree has.
         """
-        leaf = self._arrays[path]
-        at = self.config.param_scan_axis
-        expected = (*leaf.shape[:at], *self._scan, *leaf.shape[at + len(self._scan) :])
-        if problem := _problem(path, leaf, expected, f"of a stack of {list(self._scan)} layers on axis {at}"):
+        stack, at = self._stacks[path], self._scan_axis(path)
+        expected = (*stack.shape[:at], *self._scan, *stack.shape[at + len(self._scan) :])
+        if problem := _problem(path, stack, expected, f"of a stack of {list(self._scan)} layers on axis {at}"):
             self.problems.append(problem)
-            dtype = leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.float32
-            own = expected[:at] + expected[at + len(self._scan) :]
-            return jnp.broadcast_to(0 * jnp.asarray(leaf).astype(dtype).sum(), own)
-        return self._own(path)
+            return _in_place_of(self._values[path], own_shape(expected, at, self._scan))
+        return self._values[path]
 
     def read(self, path: str, axes: str, scale_shift: ScaleShift | None = None) -> Shaped[Array, "..."]:
-        """One leaf of this layer, without its scan axes; bfloat16 comes `bits.to_bits`, for moving, not for arithmetic.
+        """Reads one leaf of this layer, without its scan axes.
+
+        bfloat16 comes as its bits, `uint16`: move it as you like (reshape, transpose, slice, concatenate), and change
+        values by `scale_shift` alone. A plan refuses any other arithmetic.
 
         Args:
             path: Path relative to the layer, e.g. `self_attention/query/kernel`.
-            axes: What the config calls the size of each axis, e.g. `emb_dim num_query_heads 2*head_dim`.
-            scale_shift: What makes the hub's values of the trainer's, where they differ.
+            axes: The config's names of the axes, e.g. `emb_dim num_query_heads 2*head_dim`.
+            scale_shift: Makes the hub's values of the trainer's, where they differ.
+
+        Example:
+            >>> layer.read("mlp/wo/kernel", "mlp_dim emb_dim").shape
+            (128, 64)
         """
         names = axes.split()
         shape = tuple(self.config.size(name) for name in names)
-        at = self.config.param_scan_axis
+        at = self._scan_axis(path)
         sized = [*zip(names, shape, strict=True)]
         sized[at:at] = [("layers", size) for size in self._scan]
         self.expected[path] = tuple(sized)
-        expected = tuple(size for _, size in sized)
-        leaf = self._arrays.get(path)
         labels = [f"{name}={size}" for name, size in sized]
         kind = f" in a {', '.join(sorted(self.types))} layer" if self.types else ""
-        if problem := _problem(path, leaf, expected, f"[{', '.join(labels)}]{kind}"):
+        stack = self._stacks.get(path)
+        if problem := _problem(path, stack, tuple(size for _, size in sized), f"[{', '.join(labels)}]{kind}"):
             self.problems.append(problem)
-            dtype = leaf.dtype if leaf is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.float32
-            if leaf is None:
-                return jnp.zeros(shape, dtype)
-            return jnp.broadcast_to(0 * jnp.asarray(leaf).astype(dtype).sum(), shape)  # a trace shows what it feeds
-        return self._own(path, scale_shift)
-
-    def _own(self, path: str, scale_shift: ScaleShift | None = None) -> Shaped[Array, "..."]:
-        own = bits.to_bits(jnp.asarray(self._arrays[path]))
-        if self._scan:
-            at = self.config.param_scan_axis
-            own = kernels.unscan(own, self._position, axes=tuple(range(at, at + len(self._scan))))
-        if path in self._shardings:  # else XLA may communicate before the cast to bits, and then does it in float32
-            own = lax.with_sharding_constraint(own, self._shardings[path])
-        own = bits.pin_bits(scale_shift(own) if scale_shift else own, self.zero)
-        if path in self._shardings:
-            self._read[id(own)] = own, self._shardings[path]
-        return own
-
-    def partitioning(self, array: Any) -> NamedSharding | None:
-        """How an array is spread over devices; None unless it is a leaf, as it was read, of which that is known."""
-        _, sharding = self._read.get(id(array), (None, None))
-        return sharding
-
-    @functools.cached_property
-    def zero(self) -> Bool[Array, ""]:
-        """False, in a way that no compiler can know; see `bits.pin_bits`."""
-        return self._position[0] < 0
+            return _in_place_of(None if stack is None else self._values[path], shape)
+        value = self._values[path]
+        return value if scale_shift is None else scaled(scale_shift, value, self._zero)
 
 
-def _problem(path: str, leaf: Any, expected: tuple[int, ...], labels: str) -> Problem | None:
+def own_shape(shape: Shape, scan_axis: int, scan: Shape) -> Shape:
+    """Returns the shape of one layer's slice of a stack; a leaf with too few axes keeps its own."""
+    if len(shape) < scan_axis + len(scan):
+        return shape
+    return shape[:scan_axis] + shape[scan_axis + len(scan) :]
+
+
+def scaled(scale_shift: ScaleShift, value: Shaped[Array, "..."], zero: Any) -> Shaped[Array, "..."]:
+    """Applies a `ScaleShift`, under a name by which a plan tells it from any other arithmetic."""
+    return _SCALED(scale_shift, value, zero)
+
+
+def _scale_shift(scale_shift: ScaleShift, value: Any, zero: Any) -> Any:
+    return bits.pin_bits(scale_shift(value), jnp.asarray(zero))
+
+
+_SCALED = jax.jit(_scale_shift, static_argnums=0)
+SCALED_NAME = _scale_shift.__name__
+"""Name of the jitted function in a jaxpr."""
+
+
+def _in_place_of(value: Any, shape: Shape) -> Shaped[Array, "..."]:
+    """An array of this shape that depends on the value, so that a trace shows what it feeds."""
+    if value is None or not math.prod(value.shape):
+        return jnp.zeros(shape, jnp.float32)
+    kept = value if value.dtype == jnp.uint16 or jnp.issubdtype(value.dtype, jnp.floating) else value.astype(np.float32)
+    return jnp.broadcast_to(kept.reshape(-1)[:1].reshape(()), shape)
+
+
+def _problem(path: str, leaf: Any, expected: Shape, labels: str) -> Problem | None:
     if leaf is None:
         return Problem(
             path,
@@ -147,7 +156,7 @@ def _problem(path: str, leaf: Any, expected: tuple[int, ...], labels: str) -> Pr
             f"a leaf of shape {labels}",
             "the tree is of another model or MaxText version, or the config does not describe it",
         )
-    if leaf.shape != expected:
+    if tuple(leaf.shape) != expected:
         return Problem(
             path,
             f"shape {list(leaf.shape)}",

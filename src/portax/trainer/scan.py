@@ -10,21 +10,20 @@ import numpy as np
 
 from portax._text.names import fold, natural_order
 from portax.errors import PlanError, Problem
-from portax.trainer.param_tree import ParamTree
 
 LayerTypes: TypeAlias = frozenset[str]
 """What sets one layer apart from the others of its model, e.g. `{"global"}`; the config says so, not the tree."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Layer:
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerSlice:
     """Where the weights of one layer, or of the model outside its layers, are.
 
     Attributes:
         index: Number of the layer in the model; None for the global weights.
         container: Path of the layer or of its stack, e.g. `decoder/layers`; empty for the global weights.
-        leaves: Its arrays, or the stacks that it is a slice of, by path relative to the container.
-        scan: Size of each scan axis of `leaves`; empty for a layer with arrays of its own.
+        leaves: Shapes of its leaves, or of the stacks that it is a slice of, by path relative to the container.
+        scan: Size of each scan axis of the leaves; empty for a layer with leaves of its own.
         position: Index of this layer on each scan axis.
     """
 
@@ -35,7 +34,7 @@ class Layer:
     position: tuple[int, ...] = ()
 
     def path(self, leaf: str) -> str:
-        """Full path of one leaf, below the root."""
+        """Returns the full path of one leaf, below the root."""
         return f"{self.container}/{leaf}" if self.container else leaf
 
     @property
@@ -47,50 +46,46 @@ class Layer:
             return f"{self.container}_{self.position[0]}"
         return f"decoder/layers_{self.index}"
 
-    def place(self, scan_axis: int) -> Any:
-        """Where in its leaves this layer is, as an index: all of them, or a slice of a stack.
+    def at(self, scan_axis: int) -> tuple[int | slice, ...]:
+        """Returns this layer's place in a leaf, as an index: empty for a leaf of its own, or a slice of a stack.
 
         Args:
-            scan_axis: First scan axis of stacked leaves.
+            scan_axis: First scan axis of the leaf.
         """
-        return (slice(None),) * scan_axis + self.position if self.scan else ...
+        return (slice(None),) * scan_axis + self.position if self.scan else ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """What one compiled program is made for; the shapes and dtypes of the arrays come on top.
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerGroup:
+    """Layers that one compiled program converts: of the same types, with leaves of the same shapes and dtypes.
 
     Attributes:
         is_global: Whether this is the model outside its layers.
-        types: What the config says of these layers.
-        paths: The leaves' paths, relative to the layer.
+        types: The layers' types, as the config says.
+        paths: Paths of the leaves, relative to the layer.
         scan: Size of each scan axis of the leaves.
+        scan_axes: First scan axis of each leaf.
+        layers: The layers, in order.
     """
 
     is_global: bool
     types: LayerTypes
     paths: tuple[str, ...]
     scan: tuple[int, ...]
+    scan_axes: tuple[int, ...]
+    layers: tuple[LayerSlice, ...]
 
+    @property
+    def shapes(self) -> tuple[Any, ...]:
+        """Shapes of the leaves, in the order of the paths."""
+        return tuple(self.layers[0].leaves[path] for path in self.paths)
 
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """Layers of one kind, whose leaves have the same shapes and dtypes.
-
-    Attributes:
-        kind: What they have in common.
-        layers: The layers, in order.
-    """
-
-    kind: Kind
-    layers: tuple[Layer, ...]
-
-    def arrays(self, layer: Layer) -> tuple[Any, ...]:
-        """The leaves of one of the layers, in the order of the kind's paths."""
-        return tuple(layer.leaves[path] for path in self.kind.paths)
+    def scan_axis(self, path: str) -> int:
+        """Returns the first scan axis of one leaf."""
+        return dict(zip(self.paths, self.scan_axes, strict=True)).get(path, self.scan_axes[0] if self.scan_axes else 0)
 
     def names(self, path: str) -> str:
-        """Path of one leaf in all the layers, folded: `decoder/layers_{0...3}/mlp/wo/kernel`."""
+        """Returns the path of one leaf in all the layers, folded: `decoder/layers_{0...3}/mlp/wo/kernel`."""
         return ", ".join(fold(sorted({layer.path(path) for layer in self.layers}, key=natural_order)))
 
 
@@ -148,36 +143,45 @@ _REMAINDER, _LOCAL = "layers_remainder", "local_layers"
 _AFTER_OTHERS = ("moe_layers", _REMAINDER)
 
 
-def sections(
-    state: ParamTree, scan_axis: int, types: Callable[[Sequence[Layer]], Sequence[LayerTypes]]
-) -> tuple[Section, ...]:
-    """Groups a state into the global weights and the layers of each kind.
+def layer_groups(
+    leaves: Mapping[str, Any],
+    root: str,
+    scan_axis: Callable[[str], int],
+    types: Callable[[Sequence[LayerSlice]], Sequence[LayerTypes]],
+) -> tuple[LayerGroup, ...]:
+    """Groups the leaves of a tree into the global weights and layers that are alike.
 
-    Layers are told apart by their leaves and types, never by their numbers: how many programs a model needs does not
-    depend on its depth.
+    Layers are told apart by their leaves and types, never by their numbers: the number of programs that a model needs
+    does not depend on its depth.
 
     Args:
-        state: The flat state.
-        scan_axis: First scan axis of stacked leaves (MaxText's `param_scan_axis`).
-        types: Says what is special about each of the layers.
+        leaves: Shapes of the tree's leaves, by path below the root.
+        root: What stands in front of every path.
+        scan_axis: First scan axis of a stacked leaf, by its path relative to the layer.
+        types: The types of each of the layers.
 
     Raises:
         PlanError: Stacks of two forms are mixed.
     """
-    outside, layers = _split(state, scan_axis)
-    kinds: dict[Any, list[Layer]] = {}
-    for layer, special in zip([outside, *layers], [frozenset[str](), *types(layers)], strict=True):
-        kind = Kind(layer.index is None, special, tuple(sorted(layer.leaves)), layer.scan)
-        shapes = tuple((layer.leaves[path].shape, np.dtype(layer.leaves[path].dtype)) for path in kind.paths)
-        kinds.setdefault((kind, shapes), []).append(layer)
-    return tuple(Section(kind, tuple(layers)) for (kind, _), layers in kinds.items())
+    outside, layers = _split(leaves, root, scan_axis)
+    found: dict[Any, list[LayerSlice]] = {}
+    for layer, kind in zip([outside, *layers], [frozenset[str](), *types(layers)], strict=True):
+        paths = tuple(sorted(layer.leaves))
+        shapes = tuple((layer.leaves[path].shape, np.dtype(layer.leaves[path].dtype)) for path in paths)
+        found.setdefault((layer.index is None, kind, paths, layer.scan, shapes), []).append(layer)
+    return tuple(
+        LayerGroup(is_global, kind, paths, scan, tuple(scan_axis(path) for path in paths), tuple(alike))
+        for (is_global, kind, paths, scan, _), alike in found.items()
+    )
 
 
-def _split(state: ParamTree, scan_axis: int) -> tuple[Layer, list[Layer]]:
+def _split(
+    leaves: Mapping[str, Any], root: str, scan_axis: Callable[[str], int]
+) -> tuple[LayerSlice, list[LayerSlice]]:
     outside: dict[str, Any] = {}
     single: dict[str, dict[tuple[int, str], dict[str, Any]]] = {}
     blocks: dict[str, dict[str, dict[str, Any]]] = {}
-    for path, leaf in state.leaves.items():
+    for path, leaf in leaves.items():
         if match := _UNSCANNED.fullmatch(path):
             numbered = single.setdefault(match["block"], collections.defaultdict(dict))
             numbered[int(match["index"]), match["container"]][match["leaf"]] = leaf
@@ -186,23 +190,28 @@ def _split(state: ParamTree, scan_axis: int) -> tuple[Layer, list[Layer]]:
             slots[match["slot"] or ""][match["leaf"]] = leaf
         else:
             outside[path] = leaf
-    layers: list[Layer] = []
+    layers: list[LayerSlice] = []
     for block in sorted({*single, *blocks}, key=lambda block: (block in _AFTER_OTHERS, block == _REMAINDER)):
         first = 1 + max((layer.index or 0 for layer in layers), default=-1) if block in _AFTER_OTHERS else 0
-        layers += [Layer(first + index, at, leaves) for (index, at), leaves in single.get(block, {}).items()]
+        layers += [LayerSlice(first + index, at, leaves) for (index, at), leaves in single.get(block, {}).items()]
         if block in blocks:
-            layers += _unstack(f"decoder/{block}", blocks[block], scan_axis, block != _REMAINDER, first, state.root)
-    return Layer(None, "", outside), sorted(layers, key=lambda layer: layer.index or 0)
+            layers += _unstack(f"decoder/{block}", blocks[block], scan_axis, block != _REMAINDER, first, root)
+    return LayerSlice(None, "", outside), sorted(layers, key=lambda layer: layer.index or 0)
 
 
 def _unstack(
-    block: str, slots: dict[str, dict[str, Any]], scan_axis: int, repeated: bool, first: int, root: str
-) -> Iterator[Layer]:
+    block: str,
+    slots: dict[str, dict[str, Any]],
+    scan_axis: Callable[[str], int],
+    repeated: bool,
+    first: int,
+    root: str,
+) -> Iterator[LayerSlice]:
     """The layers of one block: all that its cycle holds, as often as it is repeated."""
     if len({_form(slot) for slot in slots}) > 1:
         raise PlanError([_mixed(root + block, slots)])
     depths = {slot: repeated + (slot == _LOCAL) for slot in slots}
-    scans = {slot: _lengths(leaves.values(), scan_axis, depths[slot]) for slot, leaves in slots.items()}
+    scans = {slot: _lengths(leaves, scan_axis, depths[slot]) for slot, leaves in slots.items()}
     local = scans[_LOCAL][-1] if _LOCAL in slots else 0
     places = {
         slot: int(slot.replace("/", "_").rpartition("_")[2]) if slot[-1:].isdigit() else local
@@ -215,17 +224,22 @@ def _unstack(
         for position in np.ndindex(scans[slot]):
             repeat = position[0] if repeated else 0
             place = position[-1] if slot == _LOCAL else places[slot]
-            yield Layer(first + repeat * cycle + place, container, leaves, scans[slot], position)
+            yield LayerSlice(first + repeat * cycle + place, container, leaves, scans[slot], position)
 
 
 def _form(slot: str) -> str:
     return "nested" if slot in (_LOCAL, "global_layer") else slot.rstrip("0123456789")
 
 
-def _lengths(leaves: Any, scan_axis: int, depth: int) -> tuple[int, ...]:
+def _lengths(leaves: Mapping[str, Any], scan_axis: Callable[[str], int], depth: int) -> tuple[int, ...]:
     """The size of each scan axis that most of the leaves have."""
-    found = [leaf.shape[scan_axis : scan_axis + depth] for leaf in leaves if leaf.ndim >= scan_axis + depth]
-    return tuple(collections.Counter(found).most_common(1)[0][0]) if found else (0,) * depth
+    axes = {path: scan_axis(path) for path in leaves}
+    found = [
+        tuple(leaf.shape[axes[path] : axes[path] + depth])
+        for path, leaf in leaves.items()
+        if len(leaf.shape) >= axes[path] + depth
+    ]
+    return collections.Counter(found).most_common(1)[0][0] if found else (0,) * depth
 
 
 def _mixed(block: str, slots: Mapping[str, Any]) -> Problem:
