@@ -259,7 +259,9 @@ class Engine:
         return True
 
     def collective_rpc(self, method):
-        assert method in ("start_weight_update", "finish_weight_update")
+        assert method in ("start_weight_update", "refresh_model_state_leaves", "finish_weight_update")
+        if method == "refresh_model_state_leaves":
+            self.refresh()
 
 
 @pytest.fixture

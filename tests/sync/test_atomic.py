@@ -5,7 +5,7 @@ from engines import other, wrong
 from syncs import DENSE, NORM, made
 
 import portax
-from portax.sync.weight_sync import WeightSync
+from portax.execution.executor import PreparedCall
 
 
 class Refusing(dict):
@@ -68,18 +68,18 @@ def test_leaves_that_are_not_the_trainers_are_never_switched_to(monkeypatch):
     sync, state, params, golden = atomic(verify=True)
     before = dict(state)
     with monkeypatch.context() as patch:
-        real = WeightSync._make
+        real = PreparedCall.__call__
         made_already = []
 
-        def corrupt(self, conversion, job, donors=()):
-            arrays = real(self, conversion, job, donors)
-            names = [entry.name for entry in job.entries]
+        def corrupt(self, inputs, donors=()):
+            arrays = real(self, inputs, donors)
+            names = self.call.names
             if NORM not in names or made_already:
                 return arrays
             made_already.append(names)
             return tuple(a * 0 if name == NORM else a for name, a in zip(names, arrays, strict=True))
 
-        patch.setattr(WeightSync, "_make", corrupt)
+        patch.setattr(PreparedCall, "__call__", corrupt)
         state.refuse(AssertionError("nothing may be written"), *range(1, 100))
         with pytest.raises(portax.SyncError, match=f"1 of 35 leaves differ: {NORM}.*nothing was written"):
             sync(other(params))

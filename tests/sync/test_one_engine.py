@@ -202,7 +202,7 @@ def test_a_source_that_is_freed_between_two_buckets_is_named(use, monkeypatch):
         with pytest.raises(portax.SyncError, match=match):
             dict(enumerate(buckets))
         return
-    real, calls = portax.WeightSync._make, []
+    real, calls = executor.PreparedCall.__call__, []
 
     def freeing(*args, **kwargs):
         calls.append(None)
@@ -210,7 +210,7 @@ def test_a_source_that_is_freed_between_two_buckets_is_named(use, monkeypatch):
             freed.delete()
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(portax.WeightSync, "_make", freeing)
+    monkeypatch.setattr(executor.PreparedCall, "__call__", freeing)
     with pytest.raises(portax.SyncError, match=match):
         sync(params)
     assert "mlp/wo/kernel: found a deleted array" in sync.torn.cause

@@ -170,7 +170,7 @@ def test_programs_write_into_the_engine_and_need_a_bucket_at_most(name):
     sync, _, params, _ = made(name, trainer=grid(0, 8, fsdp=8), bucket_bytes=bucket_bytes)
     conversion = sync._planned(params)
     for job in conversion.calls(bucket_bytes):
-        memory = conversion.compile(job, sync._shardings(job), donating=True).compiled.memory_analysis()
+        memory = conversion.compile(job, sync._shardings(job), donating=True).memory_analysis()
         assert memory.output_size_in_bytes - memory.alias_size_in_bytes <= 8 * len(job.entries)  # pointers
         assert job.nbytes <= bucket_bytes // 2 or len(job.entries) == 1
         assert memory.temp_size_in_bytes <= max(bucket_bytes, job.nbytes)
