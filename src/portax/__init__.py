@@ -10,7 +10,6 @@ from portax.checkpoints.hf_export import Export, export
 from portax.checkpoints.maxtext_import import Import, import_checkpoint
 from portax.checkpoints.reading import Checkpoint, open_checkpoint
 from portax.config.model_config import ModelConfig
-from portax.config.to_hub import derive_hub_config
 from portax.converters import (
     Gemma3Converter,
     Gemma4Converter,
@@ -22,6 +21,8 @@ from portax.converters import (
     Qwen3Converter,
     Qwen3NextConverter,
     converter_for,
+    derive_hub_config,
+    read_config,
 )
 from portax.converters.base import BaseConverter
 from portax.errors import (
@@ -94,6 +95,7 @@ __all__ = [
     "kernels",
     "layouts",
     "open_checkpoint",
+    "read_config",
 ]
 
 _WINGS = ("cli", "integrations", "testing", "validation")  # what `import portax` does not need

@@ -10,7 +10,7 @@ import yaml
 from conftest import GOLDEN, TREES, tree
 
 import portax
-from portax import ModelConfig
+from portax import ModelConfig, read_config
 from portax.config.shipped import config_path, configs
 
 BILLIONS = {  # parameters, as the models' own names or cards give them
@@ -60,14 +60,14 @@ def test_files_are_told_apart_by_their_ending(tmp_path):
     (tmp_path / "model.yml").write_text(yaml.safe_dump(dict(CONFIG)))
     hub = GOLDEN / "qwen3-30b-a3b.scan/config.json"
     assert ModelConfig.of(tmp_path / "model.yml") == ModelConfig.of(CONFIG)
-    assert ModelConfig.of(hub) == ModelConfig.of(str(hub)) == ModelConfig.of(json.loads(hub.read_text()))
+    assert read_config(hub) == read_config(str(hub)) == read_config(json.loads(hub.read_text()))
 
 
 @pytest.mark.parametrize("name", TREES)
 def test_hub_and_trainer_configs_imply_maxtexts_tree(name):
     scanned = name.endswith(".scan")
     shapes = {path.removeprefix("base/"): leaf for path, leaf in tree(name).shapes.items()}
-    hub = ModelConfig.of(GOLDEN / name / "config.json")
+    hub = read_config(GOLDEN / name / "config.json")
     if hub.decoder_block == "llama2":  # the hub cannot know in which order the trainer keeps rotary pairs
         hub = dataclasses.replace(hub, rope_type="llama3.1")
     for config in (hub, tree(name).config):
@@ -111,7 +111,7 @@ def test_only_the_mlp_that_a_model_has_needs_a_width():
 
 def test_missing_hub_keys_are_named_as_the_hub_names_them():
     with pytest.raises(portax.ConfigError, match=r"(?s)hidden_size: missing from the hub config.*vocab_size: missing"):
-        ModelConfig.of({"model_type": "qwen3", "num_hidden_layers": 4})
+        read_config({"model_type": "qwen3", "num_hidden_layers": 4})
 
 
 @pytest.mark.parametrize(
@@ -144,14 +144,14 @@ def test_a_scaled_model_needs_its_real_sizes():
 def test_hub_models_that_mix_dense_and_moe_layers():
     hub = json.loads((GOLDEN / "qwen3-30b-a3b.scan/config.json").read_text())
     with pytest.raises(portax.ConfigError, match="MaxText has no model that mixes dense and MoE layers"):
-        ModelConfig.of(dict(hub, mlp_only_layers=[0]))
+        read_config(dict(hub, mlp_only_layers=[0]))
 
 
 def test_hub_models_of_unknown_families():
     with pytest.raises(
         portax.ConfigError, match=r"model_type: 'bert' is not known; known: .*qwen3_5_moe_text, qwen3_moe"
     ):
-        ModelConfig.of({"model_type": "bert"})
+        read_config({"model_type": "bert"})
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_a_local_global_split_that_contradicts_the_config():
     found = problems(
         "gemma4-31b.unscan",
         filled("gemma4-31b.unscan"),
-        r"expected \[128, 8, 32\] = \[emb_dim=128, num_query_heads=8, global_head_dim=32\] in a global layer",
+        r"expected \[128, 8, 32\] = \[emb_dim=128, num_query_heads=8, global_head_dim=32\] in a full_attention layer",
         inhomogeneous_layer_cycle_interval=5,
     )
     values = {problem.leaf: problem.found for problem in found if "/value/" in problem.leaf}

@@ -18,9 +18,9 @@ CONFIG = {
     "vocab_size": 32,
 }
 PLAIN = """
-from portax import BaseConverter
+from portax.extend import PlainDecoder
 
-class TheirConverter(BaseConverter):
+class TheirConverter(PlainDecoder):
     decoder_blocks = ("their_block",)
 """
 

@@ -116,12 +116,13 @@ def test_layers_without_keys_and_values():
 
 def test_a_family_of_another_package_names_its_model_class():
     class Own(portax.Qwen3Converter):
-        architecture = None
+        architecture = native_model = None
 
     config = tree(QWEN3).config
-    with pytest.raises(portax.LayoutError, match=r"the converter has to name its model class \(`architecture`\)"):
+    with pytest.raises(portax.LayoutError, match=r"the converter has to describe its model class \(`native_model`\)"):
         Own(config, layout=TP4)
-    named = FlaxNnx(version="0.32", tp=4, architecture="Qwen3ForCausalLM")
+    model = portax.layouts.NativeModel("Qwen3ForCausalLM", pads_vocab=True)
+    named = FlaxNnx(version="0.32", tp=4, model=model)
     assert (
         Own(config, layout=named).plan(tree(QWEN3).shapes).entries == converter(QWEN3).plan(tree(QWEN3).shapes).entries
     )

@@ -1,12 +1,12 @@
 """Which model family a tree is of, and of what size, told from its leaves."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 
+from portax.config import axes
 from portax.config.model_config import ModelConfig
 from portax.converters.base import BaseConverter
 from portax.errors import ConfigError, PortaxError
@@ -139,7 +139,7 @@ def _compared(family: type[BaseConverter], config: ModelConfig, state: param_tre
                 equations.setdefault(name, set()).add(dim)
     sizes = _solve(equations, {name: getattr(converter.config, name) for name in _SWITCHES})
     solved = _solved(converter.config, sizes)
-    untold = {factor for name in equations for term in name.split("+") for factor in _unknown(term, sizes)}
+    untold = {field for name in equations for term in axes.parse(name).terms for field in term.unknown(sizes)}
     untold |= {name for name in sizes.keys() - vars(config) if solved is None or solved.size(name) != sizes[name]}
     odd += [f"{name} = {sorted(dims)}" for name, dims in equations.items() if len(dims) > 1]
     if solved is not None and not untold:
@@ -196,23 +196,15 @@ def _solve(equations: Mapping[str, set[int]], known: Mapping[str, int]) -> dict[
     known = dict(known)
     for _ in equations:
         for name, dims in equations.items():
-            open_terms = [term for term in name.split("+") if _unknown(term, known)]
-            if len(open_terms) != 1 or len(_unknown(open_terms[0], known)) != 1:
+            terms = axes.parse(name).terms
+            open_terms = [term for term in terms if term.unknown(known)]
+            if len(open_terms) != 1 or len(open_terms[0].unknown(known)) != 1:
                 continue
-            rest = min(dims) - sum(_value(term, known) for term in name.split("+") if term not in open_terms)
-            factor = _value(open_terms[0], known)
+            rest = min(dims) - sum(term.known_factor(known) for term in terms if term is not open_terms[0])
+            factor = open_terms[0].known_factor(known)
             if rest > 0 and rest % factor == 0:
-                known[_unknown(open_terms[0], known)[0]] = rest // factor
+                known[open_terms[0].unknown(known)[0]] = rest // factor
     return known
-
-
-def _unknown(term: str, known: Mapping[str, int]) -> list[str]:
-    return [factor for factor in term.split("*") if not factor.isdecimal() and factor not in known]
-
-
-def _value(term: str, known: Mapping[str, int]) -> int:
-    """Product of the factors of a term that are known."""
-    return math.prod(int(f) if f.isdecimal() else known.get(f, 1) for f in term.split("*"))
 
 
 def _usual(converter: BaseConverter, state: param_tree.ParamTree) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from portax._text.tables import plural
-from portax.config.model_config import ModelConfig
+from portax.converters import read_config
 from portax.converters.base import BaseConverter
 from portax.errors import ConfigError
 from portax.planning.plan import Plan
@@ -25,7 +25,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ConfigError: The file cannot be read, is none, or is of a model that no converter knows.
     """
-    ModelConfig.of(path)  # for its errors
+    read_config(path)  # for its errors
     content = json.loads(pathlib.Path(path).read_text())
     if "model_type" not in content:
         raise ConfigError(f"{path}: has no model_type, so it is no hub config.json")
@@ -40,7 +40,7 @@ def is_hub_config(path: str | os.PathLike) -> bool:
     """
     if pathlib.Path(path).suffix != ".json":
         return False
-    ModelConfig.of(path)  # for its errors
+    read_config(path)  # for its errors
     return "model_type" in json.loads(pathlib.Path(path).read_text())
 
 
@@ -62,7 +62,7 @@ def in_folder(hub_config: Mapping[str, Any], plan: Plan) -> Iterator[pathlib.Pat
 def check(hub_config: Mapping[str, Any], converter: BaseConverter, plan: Plan) -> None:
     """Raises a `ConfigError` unless a hub's `config.json` asks for exactly the tensors that are planned."""
     _check_quantization(hub_config, plan)
-    read_off = ModelConfig.of(hub_config)
+    read_off = read_config(hub_config)
     if read_off.decoder_block not in converter.decoder_blocks:
         raise ConfigError(
             f"the hub config is of another model: of the family {read_off.decoder_block}, and the weights are of "

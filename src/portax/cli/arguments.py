@@ -14,7 +14,7 @@ from portax.checkpoints import config_json
 from portax.checkpoints.atomic_dir import refuse_existing
 from portax.config.model_config import ModelConfig
 from portax.config.shipped import config_path
-from portax.converters import converter_for
+from portax.converters import converter_for, read_config
 from portax.converters.base import BaseConverter
 from portax.errors import ConfigError
 from portax.execution import byte_counts
@@ -254,4 +254,4 @@ def weights_and_config(
     config = named_config(args) or carried
     if config is None:
         raise ConfigError("no configuration: pass --model or --config; these weights do not carry one")
-    return params, ModelConfig.of(config)
+    return params, read_config(config)

@@ -15,7 +15,7 @@ from portax.checkpoints.safetensors_shards import make_shards
 from portax.cli import arguments, inputs, output
 from portax.cli.command import Command
 from portax.cli.progress import progress_bar
-from portax.config.to_hub import derive_hub_config
+from portax.converters import derive_hub_config
 from portax.errors import ConfigError
 from portax.layouts import HuggingFace
 from portax.planning.plan import Plan

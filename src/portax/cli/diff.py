@@ -7,7 +7,7 @@ from portax.analysis.diff import diff
 from portax.cli import arguments, inputs, output
 from portax.cli.command import Command
 from portax.cli.progress import progress_bar
-from portax.config.model_config import ModelConfig
+from portax.converters import read_config
 from portax.converters.base import BaseConverter
 from portax.errors import CheckpointError, ConfigError, PlanError
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _converter(args: argparse.Namespace) -> BaseConverter | None:
     if (config := arguments.named_config(args)) is not None:
-        return arguments.converter(args, ModelConfig.of(config), arguments.layout(args))
+        return arguments.converter(args, read_config(config), arguments.layout(args))
     if (args.layout, args.dtype) != ("hf", None):
         raise ConfigError("--layout and --dtype are for a trainer's tree that is converted: add --model or --config")
     return None

@@ -15,7 +15,7 @@ from portax.cli import arguments, inputs, output
 from portax.cli.command import Command
 from portax.cli.progress import progress_bar
 from portax.config.model_config import ModelConfig
-from portax.converters import converter_for
+from portax.converters import converter_for, read_config
 from portax.errors import CheckpointError, ConfigError
 from portax.execution.inverse import Restoration
 from portax.layouts import HuggingFace
@@ -72,7 +72,7 @@ def _config(args: argparse.Namespace) -> ModelConfig:
         named = (path if path.is_dir() else path.parent) / "config.json"
         if not named.is_file():
             raise ConfigError(f"no configuration: pass --model or --config; there is no {named}")
-    return ModelConfig.of(named)
+    return read_config(named)
 
 
 def _tree(restoration: Restoration) -> dict[str, dict[str, Any]]:

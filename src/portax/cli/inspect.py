@@ -6,8 +6,8 @@ from portax.analysis.inspect import inspect
 from portax.checkpoints.reading import open_checkpoint
 from portax.cli import arguments, output
 from portax.cli.command import Command
-from portax.config.model_config import ModelConfig
 from portax.config.shipped import configs
+from portax.converters import read_config
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +20,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Carries out the command."""
     given = arguments.named_config(args)
-    shipped = {path.stem: ModelConfig.of(path) for path in configs()}
-    config = None if given is None else ModelConfig.of(given)
+    shipped = {path.stem: read_config(path) for path in configs()}
+    config = None if given is None else read_config(given)
     output.report(args, inspect(open_checkpoint(args.checkpoint), shipped, config))
     return 0
 

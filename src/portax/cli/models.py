@@ -10,7 +10,7 @@ from portax.cli import output
 from portax.cli.command import Command
 from portax.config.model_config import ModelConfig
 from portax.config.shipped import configs
-from portax.converters import families
+from portax.converters import families, read_config
 from portax.converters.base import BaseConverter
 
 
@@ -20,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carries out the command."""
-    rows = family_rows(families(), {path.stem: ModelConfig.of(path) for path in configs()})
+    rows = family_rows(families(), {path.stem: read_config(path) for path in configs()})
     output.either(args, rows, _table(rows))
     return 0
 

@@ -3,13 +3,13 @@
 import dataclasses
 import enum
 import json
-import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
 
-from portax.config import hub
+from portax.config import axes
 from portax.errors import ConfigError
 
 _ABSENT = object()
@@ -18,6 +18,9 @@ _ABSENT = object()
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The sizes and switches of one model, under MaxText's names (without the `base_` prefix).
+
+    A model family that needs more of MaxText's fields derives a frozen dataclass of its own, with those fields and
+    their defaults, and names it as its `config_class`.
 
     Attributes:
         decoder_block: MaxText's name of the decoder, e.g. `qwen3_moe` or `gemma4`.
@@ -85,45 +88,65 @@ class ModelConfig:
     rollout_tensor_parallelism: int | None = None
 
     def __post_init__(self):
-        if problems := _violations(vars(self)):
+        if problems := _violations(type(self), vars(self)):
             raise ConfigError(_message(problems))
 
     @classmethod
-    def of(cls, source: Any) -> "ModelConfig":
-        """Reads a configuration from any of the forms it comes in.
+    def of(cls, source: Any) -> Self:
+        """Reads a trainer's configuration from any of the forms it comes in.
 
         Args:
-            source: A `ModelConfig`; a MaxText config object; a mapping in MaxText's keys or in those of a hub
-                `config.json`; or the path of a MaxText model YAML or of a hub `config.json`.
+            source: A `ModelConfig`; a MaxText config object; a mapping in MaxText's keys; or the path of a MaxText
+                model YAML. A hub `config.json` is a model family's to read: see `portax.read_config`.
 
         Returns:
             The configuration.
 
         Raises:
             ConfigError: Fields are missing, of the wrong kind, or contradict each other; the message names all.
+
+        Example:
+            >>> ModelConfig.of(portax.config.shipped.config_path("qwen3-8b")).emb_dim
+            4096
         """
-        if isinstance(source, ModelConfig):
+        if isinstance(source, cls):
             return source
-        if isinstance(source, str | os.PathLike):
-            source = _load(pathlib.Path(source))
+        if isinstance(source, ModelConfig):
+            return cls._of_another(source)
+        source = load(source)
         if isinstance(source, Mapping):
             if "model_type" in source:
-                return cls._build(*hub.fields(source))
-            return cls._build(*_from_maxtext(lambda name: source.get(name, _ABSENT)))
-        return cls._build(*_from_maxtext(lambda name: _attribute(source, name)))
+                raise ConfigError(
+                    f"model_type={source['model_type']!r}: this is the hub's config.json, which the converter of its "
+                    "model family reads: use portax.read_config"
+                )
+            return cls.build(*_from_maxtext(cls, lambda name: source.get(name, _ABSENT)))
+        return cls.build(*_from_maxtext(cls, lambda name: _attribute(source, name)))
 
     @classmethod
-    def _build(cls, values: dict[str, Any], problems: list[str]) -> "ModelConfig":
-        if problems := [*problems, *_violations(values)]:
+    def _of_another(cls, config: "ModelConfig") -> Self:
+        own = _fields(cls).keys() - _fields(type(config)).keys()
+        if own:
+            raise ConfigError(
+                f"a {type(config).__name__} does not have {', '.join(sorted(own))}, which {cls.__name__} has: pass the "
+                "trainer's configuration itself, or read it with portax.read_config"
+            )
+        return cls(**{name: getattr(config, name) for name in _fields(cls)})
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any], problems: Iterable[str] = ()) -> Self:
+        """Makes a configuration of its fields.
+
+        Raises:
+            ConfigError: There are problems already, or the values are not usable; names all.
+        """
+        if problems := [*problems, *_violations(cls, values)]:
             raise ConfigError(_message(problems))
         return cls(**values)
 
     def size(self, axis: str) -> int:
-        """The size of one axis of a weight: fields, numbers, their products and sums (`2*head_dim`)."""
-        return sum(self._product(term) for term in axis.split("+"))
-
-    def _product(self, term: str) -> int:
-        return math.prod(int(f) if f.isdecimal() else getattr(self, f) for f in term.split("*"))
+        """Returns the size of one axis of a weight: fields, numbers, their products and sums (`2*head_dim`)."""
+        return axes.parse(axis).size(lambda name: getattr(self, name))
 
     @property
     def gdn_key_dim(self) -> int:
@@ -136,42 +159,53 @@ class ModelConfig:
         return self.gdn_num_value_heads * self.gdn_value_head_dim
 
 
-_FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
-_REQUIRED = tuple(name for name, field in _FIELDS.items() if field.default is dataclasses.MISSING)
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    kind: Any
+    required: bool
+    least: int
+
+
+def _fields(of: type[ModelConfig]) -> Mapping[str, _Field]:
+    """The fields of a class, in order; its annotations may be text, as in a plug-in with postponed ones."""
+    kinds = typing.get_type_hints(of)
+    return {field.name: _field(field, kinds[field.name]) for field in dataclasses.fields(of)}
+
+
+def _field(field: dataclasses.Field, kind: Any) -> _Field:
+    may_be_zero = field.name == "param_scan_axis" or field.default == 0
+    return _Field(kind, field.default is dataclasses.MISSING, 0 if may_be_zero else 1)
+
+
 _BASED = ("num_decoder_layers", "emb_dim", "num_query_heads", "num_kv_heads", "mlp_dim", "moe_mlp_dim")  # base_* keys
-_UNSET = (None, -1)  # how MaxText spells "not set"
 
 
-def _from_maxtext(get: Callable[[str], Any]) -> tuple[dict[str, Any], list[str]]:
+def _from_maxtext(of: type[ModelConfig], get: Callable[[str], Any]) -> tuple[dict[str, Any], list[str]]:
     values: dict[str, Any] = {}
     problems: list[str] = []
     scaled = get("global_parameter_scale") not in (_ABSENT, None, 1)
-    for name in _FIELDS:
+    for name, field in _fields(of).items():
         value, base = get(name), get(f"base_{name}") if name in _BASED else _ABSENT
         if scaled and value is _ABSENT and base is not _ABSENT:
             problems.append(f"{name}: global_parameter_scale is set, so base_{name} is not the size; give {name} too")
         if not scaled and _ABSENT not in (value, base) and value != base:
             problems.append(f"{name}: {value!r} contradicts base_{name}: {base!r}")
         value = base if value is _ABSENT else value
-        if value is _ABSENT or (name not in _REQUIRED and value in _UNSET):
-            if name in _REQUIRED:
+        if value is _ABSENT or (not field.required and _is_unset(value)):
+            if field.required:
                 problems.append(f"{name}: missing (MaxText's key is {'base_' * (name in _BASED)}{name})")
             continue
         values[name] = value.value if isinstance(value, enum.Enum) else value
     return values, problems
 
 
-def _violations(values: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for name, value in values.items():
-        kind = _FIELDS[name].type
-        if kind in (bool, str):
-            if not isinstance(value, kind):
-                problems.append(f"{name}: {value!r} is not a {kind.__name__}")
-        elif (name, value) != ("rollout_tensor_parallelism", None):
-            least = 0 if name == "param_scan_axis" or _FIELDS[name].default == 0 else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                problems.append(f"{name}: {value!r} is not an integer of at least {least}")
+def _is_unset(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and value == -1)  # how MaxText spells "not set"
+
+
+def _violations(of: type[ModelConfig], values: Mapping[str, Any]) -> list[str]:
+    fields = _fields(of)
+    problems = [problem for name, value in values.items() if (problem := _violation(name, fields[name], value))]
     if problems:
         return problems
     experts = values.get("num_experts", 1)
@@ -188,6 +222,20 @@ def _violations(values: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _violation(name: str, field: _Field, value: Any) -> str | None:
+    """What is wrong with one value; those of kinds that only a plug-in has are its own to check."""
+    if value is None and type(None) in typing.get_args(field.kind):
+        return None
+    if field.kind in (bool, str):
+        return None if isinstance(value, field.kind) else f"{name}: {value!r} is not a {field.kind.__name__}"
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if field.kind in (int, int | None) and not (whole and value >= field.least):
+        return f"{name}: {value!r} is not an integer of at least {field.least}"
+    if field.kind is float and not (whole or isinstance(value, float)):
+        return f"{name}: {value!r} is not a number"
+    return None
+
+
 def _message(problems: list[str]) -> str:
     return "not a usable model configuration:\n" + "\n".join(f"  {problem}" for problem in problems)
 
@@ -201,8 +249,7 @@ def reader(source: Any) -> Callable[[str], Any]:
     Raises:
         ConfigError: The file cannot be read.
     """
-    if isinstance(source, str | os.PathLike):
-        source = _load(pathlib.Path(source))
+    source = load(source)
     if isinstance(source, Mapping):
         return source.get
 
@@ -220,25 +267,44 @@ def _attribute(source: Any, name: str) -> Any:
         return _ABSENT
 
 
-def _load(path: pathlib.Path) -> Mapping[str, Any]:
-    try:
-        text = path.read_text()
-        if path.suffix == ".json":
-            content = json.loads(text)
-        elif path.suffix in (".yml", ".yaml"):
-            import yaml
+def load(source: Any) -> Any:
+    """Reads a configuration file, given its path; returns anything else as it is.
 
-            content = yaml.safe_load(text)
-        else:
-            raise ConfigError(f"{path}: a model configuration is a .yml, .yaml or .json file")
+    Args:
+        source: The path of a `.yml`, `.yaml` or `.json` file, or any other form of a configuration.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds no mapping.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return source
+    path = pathlib.Path(source)
+    parse = {".json": _parse_json, ".yml": _parse_yaml, ".yaml": _parse_yaml}.get(path.suffix)
+    if parse is None:
+        raise ConfigError(f"{path}: a model configuration is a .yml, .yaml or .json file")
+    try:
+        content = parse(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not a text file") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: is nested too deeply to be a configuration") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path}: holds a {type(content).__name__}, not a mapping of configuration keys")
     return content
+
+
+def _parse_json(text: str) -> Any:
+    return json.loads(text)
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error

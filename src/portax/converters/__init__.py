@@ -1,4 +1,4 @@
-"""Converters, one file per model family, and the choice between them."""
+"""Converters, one file for each model family, and the choice between them."""
 
 from portax.converters.gemma3 import Gemma3Converter
 from portax.converters.gemma4 import Gemma4Converter
@@ -9,7 +9,7 @@ from portax.converters.qwen2 import Qwen2Converter
 from portax.converters.qwen3 import Qwen3Converter
 from portax.converters.qwen3_5 import Qwen3_5Converter
 from portax.converters.qwen3_next import Qwen3NextConverter
-from portax.converters.registry import converter_for, families
+from portax.converters.registry import converter_for, derive_hub_config, families, read_config
 
 __all__ = [
     "Gemma3Converter",
@@ -22,5 +22,7 @@ __all__ = [
     "Qwen3NextConverter",
     "Qwen3_5Converter",
     "converter_for",
+    "derive_hub_config",
     "families",
+    "read_config",
 ]

@@ -1,5 +1,7 @@
 """`BaseConverter`: the pipeline from a trainer's parameters to an engine's weights, and the hooks of a model family."""
 
+import abc
+import itertools
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
@@ -9,14 +11,15 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Shaped
 
-from portax.config.model_config import ModelConfig
-from portax.converters.decoder import PlainDecoder
+from portax.config.hub import DENSE, HubConfig, is_hub_config
+from portax.config.model_config import ModelConfig, load
+from portax.config.to_hub import TrainerConfig
 from portax.converters.structure import TrainerNames
 from portax.errors import ConfigError, LayoutError
 from portax.execution import executor
 from portax.execution.byte_counts import byte_count
 from portax.execution.inverse import Restoration
-from portax.layouts import Canonical, FlaxNnx, HuggingFace, Layout, MaxTextVllm, TpuInference
+from portax.layouts import Canonical, FlaxNnx, HuggingFace, Layout, MaxTextVllm, NativeModel, TpuInference
 from portax.planning.jax_context import in_own_context
 from portax.planning.plan import Plan
 from portax.planning.planner import make_plan
@@ -25,18 +28,31 @@ from portax.trainer import param_tree, scan
 from portax.trainer.flatten import flatten, unbox
 from portax.trainer.layer_params import Axes, LayerParams
 from portax.trainer.param_tree import Params, ParamTree
+from portax.weights.blocks import Blocks
 
 Weights: TypeAlias = dict[str, Shaped[Array, "..."]]
+"""An engine's leaves by full name."""
 
 
-class BaseConverter(PlainDecoder):
+class BaseConverter(abc.ABC):
     """Turns the parameters of one model family into what an engine holds.
 
-    `convert` is the pipeline: the global weights, then for every layer its attention, its norms, and its MLP or MoE.
-    A family overrides the hooks that say what each weight *is*; each sees one layer, unscanned, and returns blocks. How
-    an engine holds a block is the layout's business, and where scanned layers are is that of `layers`.
+    `convert` is the pipeline: the global weights, then of every layer its attention, its norms, and its MLP or MoE.
+    The hooks say what each weight *is*: each sees one layer, unscanned, or the model outside its layers, and returns
+    blocks. They know no scan axis, no tensor parallelism, no padding and no engine: how an engine holds a block is the
+    layout's business.
+
+    A family is one class in one file: the hooks, what MaxText and the hub call the family, and how a hub `config.json`
+    is read and derived. Most derive from `PlainDecoder`.
 
     Attributes:
+        decoder_blocks: MaxText's `decoder_block` values that this class converts.
+        hub_types: The hub's `model_type` values that this class reads; of a multimodal model, those of its text part.
+        config_class: The class of its configuration, where it needs fields that `ModelConfig` does not have.
+        required: Config fields that must be set for this family.
+        default_module_prefix: What the engine's usual model class wraps its language model in.
+        scan_pattern: How MaxText stacks the layers; None if it never does.
+        starts_with_bos: Whether every prompt of this family begins with its `<bos>`; without, it generates nonsense.
         config: The model's configuration.
         layout: How the engine holds weights.
         mesh: Where results go; None leaves them where they were computed.
@@ -46,6 +62,13 @@ class BaseConverter(PlainDecoder):
         leave: Patterns of `fnmatch` for whole paths of the trainer's leaves that are left out, such as a vision tower.
     """
 
+    decoder_blocks: ClassVar[tuple[str, ...]] = ()
+    hub_types: ClassVar[tuple[str, ...]] = ()
+    config_class: ClassVar[type[ModelConfig]] = ModelConfig
+    required: ClassVar[tuple[str, ...]] = ()
+    default_module_prefix: ClassVar[str] = ""
+    scan_pattern: ClassVar[scan.ScanPattern | None] = scan.ScanPattern()
+    starts_with_bos: ClassVar[bool] = False
     by_structure: ClassVar[bool] = False
 
     def __init__(
@@ -61,7 +84,7 @@ class BaseConverter(PlainDecoder):
         """Makes a converter.
 
         Args:
-            config: Anything that `ModelConfig.of` reads.
+            config: Anything that `read_config` reads.
             mesh: Where results go.
             layout: How the engine holds weights; None reads it off `config.rollout_tensor_parallelism` and the
                 installed tpu-inference.
@@ -74,11 +97,11 @@ class BaseConverter(PlainDecoder):
             ConfigError: The configuration is not usable for this family, or `leave` is no sequence of patterns.
             LayoutError: The layout cannot be read, or the mesh does not fit it.
         """
-        self.config = ModelConfig.of(config)
+        self.config = type(self).read_config(config)
         self.mesh = mesh
         self.module_prefix = self.default_module_prefix if module_prefix is None else module_prefix
         layout = _checked_layout(layout) if layout is not None else _rollout_layout(self.config)
-        self.layout = layout.for_architecture(self.architecture)
+        self.layout = layout.for_architecture(self.architecture, self.native_model)
         self.strict_dtype = strict_dtype
         self.leave = _patterns(leave)
         self._plans: dict[Any, tuple[Plan, tuple[scan.LayerGroup, ...]]] = {}
@@ -88,6 +111,105 @@ class BaseConverter(PlainDecoder):
         self._executor = executor.Executor(self._hooks, mesh)
         self._check_config()
         _check_mesh(mesh, self.layout)
+
+    @abc.abstractmethod
+    def global_weights(self, model: LayerParams) -> Blocks:
+        """Returns the weights outside the layers: embedding, final norm, output projection."""
+
+    @abc.abstractmethod
+    def attention(self, layer: LayerParams) -> Blocks:
+        """Returns the projections of one attention layer, and the norms within it."""
+
+    @abc.abstractmethod
+    def norms(self, layer: LayerParams) -> Blocks:
+        """Returns the norms around attention and MLP."""
+
+    @abc.abstractmethod
+    def mlp(self, layer: LayerParams) -> Blocks:
+        """Returns a dense MLP."""
+
+    @abc.abstractmethod
+    def moe(self, layer: LayerParams) -> Blocks:
+        """Returns the router and the experts of a mixture of experts."""
+
+    def layer_blocks(self, layer: LayerParams) -> Blocks:
+        """Returns all of one layer."""
+        feed_forward = self.moe(layer) if self.config.num_experts > 1 else self.mlp(layer)
+        return (*self.attention(layer), *self.norms(layer), *feed_forward)
+
+    def layer_cycle(self, found: Sequence[scan.LayerSlice]) -> tuple[scan.LayerTypes, ...]:
+        """Returns what sets each layer apart, up to where it repeats; by default all layers are the same.
+
+        Args:
+            found: The layers of the trainer's tree, for what no config says; none when planning without a tree.
+        """
+        return (frozenset(),)
+
+    def layer_types(self, found: Sequence[scan.LayerSlice], depth: int) -> list[scan.LayerTypes]:
+        """Returns what sets each of the first `depth` layers apart."""
+        return list(itertools.islice(itertools.cycle(self.layer_cycle(found)), depth))
+
+    @property
+    def architecture(self) -> str | None:
+        """The hub's name of the model class, for engines that hold each class in a way of its own; None if unknown."""
+        return None
+
+    @property
+    def native_model(self) -> NativeModel | None:
+        """How the engine's native JAX model of this class holds weights (`FlaxNnx`); None without one that was run."""
+        return None
+
+    def check_config(self) -> None:  # noqa: B027
+        """Raises a `ConfigError` for what this family cannot convert; `required` fields are set."""
+
+    @classmethod
+    def reads_hub(cls, hub: HubConfig) -> bool:
+        """Whether a hub `config.json` is of this family; by default its `model_type` decides."""
+        return hub.model_type in cls.hub_types
+
+    @classmethod
+    def from_hub(cls, hub: HubConfig) -> dict[str, Any]:
+        """Returns the fields of `config_class` that a hub `config.json` tells; by default a dense model's.
+
+        What is missing or has no place in MaxText is noted in `hub.problems`.
+        """
+        return {
+            "decoder_block": cls.decoder_blocks[0],
+            "logits_via_embedding": hub.get("tie_word_embeddings", False),
+            **hub.sizes(DENSE),
+        }
+
+    @classmethod
+    def to_hub(cls, trainer: TrainerConfig) -> dict[str, Any]:
+        """Returns the hub `config.json` of a model; by default refuses.
+
+        Nothing that results depend on may be guessed: what the trainer's configuration does not say, `trainer` notes.
+
+        Raises:
+            ConfigError: None is derived for this family.
+        """
+        raise ConfigError(f"no config.json is derived for decoder_block={trainer.config.decoder_block!r}")
+
+    @classmethod
+    def read_config(cls, source: Any) -> ModelConfig:
+        """Returns the configuration of a model of this family.
+
+        Args:
+            source: Anything that `ModelConfig.of` reads, or a hub `config.json`, as a mapping or a path.
+
+        Raises:
+            ConfigError: Fields are missing, of the wrong kind, or contradict each other, or it is of another family.
+        """
+        source = load(source)
+        if not is_hub_config(source):
+            return cls.config_class.of(source)
+        hub = HubConfig(source)
+        if not cls.reads_hub(hub):
+            raise ConfigError(
+                f"the hub config is of another model than {cls.__name__} converts: its model_type is "
+                f"{hub.model_type!r}, and this family's {' or '.join(cls.hub_types) or 'is not stated'}"
+            )
+        return cls.config_class.build(cls.from_hub(hub), hub.problems)
 
     @in_own_context
     def plan(

@@ -1,53 +1,63 @@
-"""What the weights of a plain decoder are: the hooks that a model family overrides where it differs."""
+"""`PlainDecoder`: embedding, layers of attention and gated MLP, final norm and output projection."""
 
-import itertools
-from collections.abc import Sequence
-from typing import ClassVar, Literal, TypeAlias
+import dataclasses
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from portax.config.model_config import ModelConfig
+from portax.converters.base import BaseConverter
 from portax.errors import ConfigError
-from portax.trainer import scan
 from portax.trainer.layer_params import LayerParams
 from portax.weights import blocks
+from portax.weights.blocks import Blocks
 from portax.weights.scale_shift import ScaleShift
 
-Blocks: TypeAlias = tuple[blocks.Block, ...]
 
-
-class PlainDecoder:
-    """Embedding, layers of attention and gated MLP with a norm before each, final norm and output projection.
-
-    Every hook sees one layer, unscanned, or the model outside its layers, and returns blocks. It knows no scan axis, no
-    tensor parallelism, no padding and no engine.
+@dataclasses.dataclass(frozen=True)
+class AttentionAxes:
+    """What the config calls the sizes of an attention layer.
 
     Attributes:
-        decoder_blocks: MaxText's `decoder_block` values that this class converts.
-        required: Config fields that must be set for this family.
-        default_module_prefix: What the engine's usual model class wraps its language model in.
-        scan_pattern: How MaxText stacks the layers; None if it never does.
-        shared_head_module: Whether vLLM's model shares the embedding *module* with a tied output projection.
-        starts_with_bos: Whether every prompt of this family begins with its `<bos>`; without, it generates nonsense.
-        config: The model's configuration.
+        kv_heads: The number of KV heads.
+        head_dim: The width of a head.
+        query_dim: The width of a query head, if a gate rides along; None for `head_dim`.
+        out: All axes of the output kernel, if heads and width are not apart; None if they are.
     """
 
-    decoder_blocks: ClassVar[tuple[str, ...]] = ()
-    required: ClassVar[tuple[str, ...]] = ()
-    default_module_prefix: ClassVar[str] = ""
-    scan_pattern: ClassVar[scan.ScanPattern | None] = scan.ScanPattern()
+    kv_heads: str = "num_kv_heads"
+    head_dim: str = "head_dim"
+    query_dim: str | None = None
+    out: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """The weights of one attention layer, as read.
+
+    Attributes:
+        query: Kernel of the queries.
+        key: Kernel of the keys.
+        value: Kernel of the values; None where the keys are the values, too.
+        output: Kernel of the way back.
+        bias: What is added to queries, keys and values: `[heads, dim]` each; empty without.
+    """
+
+    query: Shaped[Array, "in heads query_dim"]
+    key: Shaped[Array, "in kv_heads dim"]
+    value: Shaped[Array, "in kv_heads dim"] | None
+    output: Shaped[Array, "..."]
+    bias: tuple[Shaped[Array, "_ _"], ...] = ()
+
+
+class PlainDecoder(BaseConverter):
+    """A decoder with one norm before attention and one before a gated MLP; a family overrides what differs.
+
+    Attributes:
+        shared_head_module: Whether vLLM's model shares the embedding *module* with a tied output projection.
+    """
+
     shared_head_module: ClassVar[bool] = True
-    starts_with_bos: ClassVar[bool] = False
-    config: ModelConfig
-
-    def check_config(self) -> None:
-        """Raises a `ConfigError` for what this family cannot convert; `required` fields are set."""
-
-    @property
-    def architecture(self) -> str | None:
-        """The hub's name of the model class, for engines that hold each class in a way of its own; None if unknown."""
-        return None
 
     @property
     def embedding_scale_shift(self) -> ScaleShift | None:
@@ -59,17 +69,10 @@ class PlainDecoder:
         """How the hub's norm weights follow from the trainer's; None if they are the same."""
         return None
 
-    def layer_cycle(self, found: Sequence[scan.LayerSlice]) -> tuple[scan.LayerTypes, ...]:
-        """What is special about each layer, up to where it repeats; by default all layers are the same.
-
-        Args:
-            found: The layers of the trainer's tree, for what no config says; none when planning without a tree.
-        """
-        return (frozenset(),)
-
-    def layer_types(self, found: Sequence[scan.LayerSlice], depth: int) -> list[scan.LayerTypes]:
-        """What is special about each of the first `depth` layers."""
-        return list(itertools.islice(itertools.cycle(self.layer_cycle(found)), depth))
+    @property
+    def query_scale_shift(self) -> ScaleShift | None:
+        """How the hub's queries follow from the trainer's; None if they are the same."""
+        return None
 
     def global_weights(self, model: LayerParams) -> Blocks:
         """Embedding, final norm and output projection."""
@@ -101,11 +104,6 @@ class PlainDecoder:
             f"num_experts={self.config.num_experts}: {type(self).__name__} converts no mixtures of experts"
         )
 
-    def layer_blocks(self, layer: LayerParams) -> Blocks:
-        """All of one layer."""
-        feed_forward = self.moe(layer) if self.config.num_experts > 1 else self.mlp(layer)
-        return self.attention(layer) + self.norms(layer) + feed_forward
-
     def norm(self, layer: LayerParams, path: str, name: str, size: str = "emb_dim") -> blocks.Param:
         """The weight of one norm.
 
@@ -121,48 +119,84 @@ class PlainDecoder:
         self,
         layer: LayerParams,
         path: str,
+        axes: AttentionAxes = AttentionAxes(),
         *,
-        kv_heads: str = "num_kv_heads",
-        dim: str = "head_dim",
-        query_dim: str | None = None,
-        out: str | None = None,
         shares_kv: bool = False,
         norms: bool = False,
     ) -> Blocks:
-        """The projections of one attention layer; with biases, if the config has them.
+        """One attention layer whose kernels are only reshaped; with biases, if the config has them.
+
+        Where one is moved, change what `read_attention` returns, and hand that to `attention_blocks`.
+
+        Args:
+            layer: The layer.
+            path: Where the trainer has it, e.g. `self_attention`.
+            axes: What the config calls its sizes.
+            shares_kv: Whether the keys are the values, too.
+            norms: Whether queries and keys have norms, one for all heads.
+        """
+        found = self.attention_blocks(self.read_attention(layer, path, axes, shares_kv=shares_kv))
+        return (*found, *self.query_key_norms(layer, path, axes.head_dim)) if norms else found
+
+    def read_attention(
+        self, layer: LayerParams, path: str, axes: AttentionAxes = AttentionAxes(), *, shares_kv: bool = False
+    ) -> Attention:
+        """Reads the weights of one attention layer, the queries scaled as the hub's are.
+
+        Args:
+            layer: The layer.
+            path: Where the trainer has them.
+            axes: What the config calls their sizes.
+            shares_kv: Whether the keys are the values, too.
+
+        Raises:
+            ConfigError: Keys that are the values, too, have biases.
+        """
+        if shares_kv and self.config.attention_bias:
+            raise ConfigError("attention_bias=True with keys that are the values, too: no such model was run")
+        heads = {
+            "query": f"num_query_heads {axes.query_dim or axes.head_dim}",
+            "key": f"{axes.kv_heads} {axes.head_dim}",
+            **({} if shares_kv else {"value": f"{axes.kv_heads} {axes.head_dim}"}),
+        }
+        scales = {"query": self.query_scale_shift}
+        kernels = {
+            name: layer.read(f"{path}/{name}/kernel", f"emb_dim {of}", scales.get(name)) for name, of in heads.items()
+        }
+        biases = heads if self.config.attention_bias else {}
+        return Attention(
+            kernels["query"],
+            kernels["key"],
+            kernels.get("value"),
+            layer.read(f"{path}/out/kernel", axes.out or f"num_query_heads {axes.head_dim} emb_dim"),
+            tuple(layer.read(f"{path}/{name}/bias", of, scales.get(name)) for name, of in biases.items()),
+        )
+
+    def attention_blocks(self, read: Attention, name: str = "self_attn") -> Blocks:
+        """The projections of one attention layer.
+
+        Args:
+            read: Their weights.
+            name: Module name on the hub.
+        """
+        return (
+            blocks.QKV(name, read.query, read.key, read.value, read.bias),
+            blocks.Linear(f"{name}.o_proj", read.output, "row"),
+        )
+
+    def query_key_norms(self, layer: LayerParams, path: str, size: str = "head_dim", name: str = "self_attn") -> Blocks:
+        """The norms of queries and keys.
 
         Args:
             layer: The layer.
             path: Where the trainer has them, e.g. `self_attention`.
-            kv_heads: What the config calls the number of KV heads.
-            dim: What it calls the width of a head.
-            query_dim: Width of a query head, if a gate rides along.
-            out: Axes of the output kernel, if heads and width are not apart.
-            shares_kv: Whether the keys are the values, too.
-            norms: Whether queries and keys have norms, one for all heads.
+            size: What the config calls their size.
+            name: Module name on the hub.
         """
-        kv_axes = f"emb_dim {kv_heads} {dim}"
-        query = layer.read(f"{path}/query/kernel", f"emb_dim num_query_heads {query_dim or dim}")
-        key = layer.read(f"{path}/key/kernel", kv_axes)
-        value = None if shares_kv else layer.read(f"{path}/value/kernel", kv_axes)
-        output = layer.read(f"{path}/out/kernel", out or f"num_query_heads {dim} emb_dim")
-        projections = (
-            blocks.QKV("self_attn", query, key, value, self._qkv_bias(layer, path)),
-            blocks.Linear("self_attn.o_proj", output, "row"),
-        )
-        if not norms:
-            return projections
         return (
-            *projections,
-            self.norm(layer, f"{path}/query_norm", "self_attn.q_norm", dim),
-            self.norm(layer, f"{path}/key_norm", "self_attn.k_norm", dim),
+            self.norm(layer, f"{path}/query_norm", f"{name}.q_norm", size),
+            self.norm(layer, f"{path}/key_norm", f"{name}.k_norm", size),
         )
-
-    def _qkv_bias(self, layer: LayerParams, path: str) -> tuple[Shaped[Array, "_ _"], ...]:
-        if not self.config.attention_bias:
-            return ()
-        heads = {"query": "num_query_heads", "key": "num_kv_heads", "value": "num_kv_heads"}
-        return tuple(layer.read(f"{path}/{name}/bias", f"{count} head_dim") for name, count in heads.items())
 
     def gated_mlp(self, layer: LayerParams, path: str, name: str, *, width: str) -> Blocks:
         """A gated MLP, gate and up apart or pre-fused.
@@ -183,7 +217,16 @@ class PlainDecoder:
             blocks.Linear(f"{name}.down_proj", layer.read(f"{path}/wo/kernel", f"{width} emb_dim"), "row"),
         )
 
-    def experts(self, layer: LayerParams, path: str, name: str, *, hub: Literal["each", "stacked"]) -> blocks.FusedMoE:
+    def experts(
+        self,
+        layer: LayerParams,
+        path: str,
+        name: str,
+        *,
+        hub: Literal["each", "stacked"],
+        hub_names: blocks.ExpertNames = blocks.EXPERT_NAMES,
+        width: str = "moe_mlp_dim",
+    ) -> blocks.FusedMoE:
         """The routed experts below `path`, gate and up apart or pre-fused.
 
         Args:
@@ -191,13 +234,16 @@ class PlainDecoder:
             path: Where the trainer has them, e.g. `moe_block`.
             name: Module name on the hub, e.g. `mlp.experts`.
             hub: How the hub stores them; see `blocks.FusedMoE`.
+            hub_names: What the hub calls their matrices.
+            width: What the config calls the width of one.
         """
         if f"{path}/wi" in layer:
-            gate, up = jnp.split(layer.read(f"{path}/wi", "num_experts emb_dim 2*moe_mlp_dim"), 2, axis=2)
+            gate, up = jnp.split(layer.read(f"{path}/wi", f"num_experts emb_dim 2*{width}"), 2, axis=2)
         else:
-            gate = layer.read(f"{path}/wi_0", "num_experts emb_dim moe_mlp_dim")
-            up = layer.read(f"{path}/wi_1", "num_experts emb_dim moe_mlp_dim")
-        return blocks.FusedMoE(name, gate, up, layer.read(f"{path}/wo", "num_experts moe_mlp_dim emb_dim"), hub)
+            gate = layer.read(f"{path}/wi_0", f"num_experts emb_dim {width}")
+            up = layer.read(f"{path}/wi_1", f"num_experts emb_dim {width}")
+        down = layer.read(f"{path}/wo", f"num_experts {width} emb_dim")
+        return blocks.FusedMoE(name, gate, up, down, hub, hub_names)
 
 
 def _halves(fused: Shaped[Array, "..."], *, axis: int) -> list[Shaped[Array, "..."]]:

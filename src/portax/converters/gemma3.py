@@ -2,25 +2,29 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
-from portax.converters.base import BaseConverter
-from portax.converters.decoder import Blocks
+from portax.config.hub import HubConfig
+from portax.config.to_hub import TrainerConfig
+from portax.converters.decoder import PlainDecoder
+from portax.errors import ConfigError
 from portax.trainer.layer_params import LayerParams
 from portax.trainer.scan import LayerSlice, LayerTypes, ScanPattern
+from portax.weights.blocks import Blocks
 from portax.weights.scale_shift import ScaleShift
 
 
-class Gemma3Converter(BaseConverter):
+class Gemma3Converter(PlainDecoder):
     """Gemma3 4B, 12B and 27B, as MaxText 0.2.5 holds them; local and global layers have the same weights.
 
     MaxText's norm weights are the hub's plus one, and its embedding is the hub's times sqrt(emb_dim), in bfloat16.
     """
 
     decoder_blocks = ("gemma3",)
+    hub_types = ("gemma3_text",)
     default_module_prefix = "language_model."
     scan_pattern: ClassVar[ScanPattern | None] = ScanPattern("decoder/layers", "layers_")
     shared_head_module = False
@@ -56,4 +60,17 @@ class Gemma3Converter(BaseConverter):
             self.norm(layer, "post_self_attention_norm", "post_attention_layernorm"),
             self.norm(layer, "pre_ffw_norm", "pre_feedforward_layernorm"),
             self.norm(layer, "post_ffw_norm", "post_feedforward_layernorm"),
+        )
+
+    @classmethod
+    def from_hub(cls, hub: HubConfig) -> dict[str, Any]:
+        """Returns a dense model's fields; where the hub does not say, it ties the output projection."""
+        return {**super().from_hub(hub), "logits_via_embedding": hub.get("tie_word_embeddings", True)}
+
+    @classmethod
+    def to_hub(cls, trainer: TrainerConfig) -> dict[str, Any]:
+        """Refuses: MaxText scales Gemma3's queries by the model's name, which no configuration tells."""
+        raise ConfigError(
+            "no config.json is derived for decoder_block='gemma3': MaxText scales its queries by the model's name, so "
+            "the configuration does not say all that results depend on; take the model's config.json from the hub"
         )

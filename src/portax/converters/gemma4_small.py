@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from portax.converters.decoder import Blocks
+from portax.config.hub import HubConfig
 from portax.converters.gemma4 import Gemma4Converter
 from portax.errors import ConfigError, PlanError
 from portax.planning.plan import Plan
 from portax.trainer.layer_params import LayerParams
 from portax.trainer.scan import LayerSlice, LayerTypes
 from portax.weights import blocks
+from portax.weights.blocks import Blocks
 
 
 class Gemma4SmallConverter(Gemma4Converter):
@@ -20,11 +21,12 @@ class Gemma4SmallConverter(Gemma4Converter):
     """
 
     decoder_blocks = ("gemma4_small",)
+    hub_types = ("gemma4_text",)
     required = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
     scan_pattern = None
 
     def layer_cycle(self, found: Sequence[LayerSlice]) -> tuple[LayerTypes, ...]:
-        """Four (E2B) or five (E4B) local layers, then a global one.
+        """Four (E2B) or five (E4B) layers of sliding attention, then one of full.
 
         MaxText tells the two apart by the model's name. Here the config's cycle interval does, or else the first layer
         with wide heads.
@@ -37,7 +39,7 @@ class Gemma4SmallConverter(Gemma4Converter):
             return cycle
         if not found:
             raise ConfigError(
-                "decoder_block='gemma4_small' has a global layer every 5 (E2B) or 6 layers (E4B), and this config does "
+                "decoder_block='gemma4_small' has full attention every 5 (E2B) or 6 layers (E4B), and this config does "
                 "not say which: set inhomogeneous_layer_cycle_interval, or give the parameters"
             )
         wide = [layer.index for layer in found if _head_dim(layer) == self.config.global_head_dim]
@@ -83,7 +85,7 @@ class Gemma4SmallConverter(Gemma4Converter):
         """Queries alone, where keys and values are another layer's."""
         if "kv_shared" not in layer.types:
             return super().attention(layer)
-        _, dim = self._heads(layer)
+        dim = self.attention_axes(layer).head_dim
         query = layer.read("self_attention/query/kernel", f"emb_dim num_query_heads {dim}")
         out = layer.read("self_attention/out/kernel", f"num_query_heads {dim} emb_dim")
         return (
@@ -107,6 +109,11 @@ class Gemma4SmallConverter(Gemma4Converter):
         """A gated MLP; E2B's is twice as wide where there are no keys and values."""
         wide = "kv_shared" in layer.types and self.config.use_double_wide_mlp
         return self.gated_mlp(layer, "mlp", "mlp", width="2*mlp_dim" if wide else "mlp_dim")
+
+    @classmethod
+    def reads_hub(cls, hub: HubConfig) -> bool:
+        """Of a Gemma4 with embeddings of each layer."""
+        return hub.model_type in cls.hub_types and bool(hub.get("hidden_size_per_layer_input"))
 
 
 def _head_dim(layer: LayerSlice) -> int | None:

@@ -7,14 +7,14 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from portax.converters.base import BaseConverter
-from portax.converters.decoder import Blocks
+from portax.converters.decoder import PlainDecoder
 from portax.converters.structure import named_blocks
 from portax.errors import ConfigError
 from portax.trainer.layer_params import Axes, LayerParams
+from portax.weights.blocks import Blocks
 
 
-class MaxTextConverter(BaseConverter):
+class MaxTextConverter(PlainDecoder):
     """Feeds an engine that runs MaxText's own model with the tree of any MaxText decoder, custom blocks included.
 
     It knows structure alone: which layers are stacked, which kernels an engine fuses, pads or repeats. It takes the

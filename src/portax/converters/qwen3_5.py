@@ -1,24 +1,35 @@
 """Qwen3.5: gated delta nets, with a layer of full attention in every cycle, and mixtures of experts."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxtyping import Array, Shaped
 
-from portax.converters.base import BaseConverter
-from portax.converters.decoder import Blocks
+from portax.config.hub import DENSE, EXPERTS, HubConfig
+from portax.config.to_hub import UNSCALED_ROPE, TrainerConfig
+from portax.converters.decoder import AttentionAxes, PlainDecoder
 from portax.trainer.layer_params import LayerParams
 from portax.trainer.scan import LayerSlice, LayerTypes, ScanPattern
 from portax.weights import blocks
+from portax.weights.blocks import Blocks
 
 _LINEAR: LayerTypes = frozenset({"linear_attention"})
-_FULL: LayerTypes = frozenset()
+_FULL: LayerTypes = frozenset({"full_attention"})
+_SIZES = {name: key for name, key in DENSE.items() if name != "mlp_dim"}
+_DELTA_NET = {
+    "gdn_num_key_heads": "linear_num_key_heads",
+    "gdn_num_value_heads": "linear_num_value_heads",
+    "gdn_key_head_dim": "linear_key_head_dim",
+    "gdn_value_head_dim": "linear_value_head_dim",
+    "gdn_conv_kernel_dim": "linear_conv_kernel_dim",
+}
 
 
-class Qwen3_5Converter(BaseConverter):  # noqa: N801
+class Qwen3_5Converter(PlainDecoder):  # noqa: N801
     """Qwen3.5 35B-A3B and 397B-A17B, as MaxText 0.2.5 holds them."""
 
     decoder_blocks = ("qwen3_5",)
+    hub_types = ("qwen3_5_moe_text",)
     required = (
         "inhomogeneous_layer_cycle_interval",
         "gdn_num_key_heads",
@@ -27,14 +38,10 @@ class Qwen3_5Converter(BaseConverter):  # noqa: N801
         "gdn_value_head_dim",
         "gdn_conv_kernel_dim",
     )
+    architecture = "Qwen3_5MoeForConditionalGeneration"
     default_module_prefix = "language_model."
     scan_pattern = ScanPattern("decoder/layers", "layer_")
     experts_on_hub: ClassVar[Literal["each", "stacked"]] = "stacked"
-
-    @property
-    def architecture(self) -> str | None:
-        """As the hub's `config.json` says."""
-        return "Qwen3_5MoeForConditionalGeneration"
 
     def layer_cycle(self, found: Sequence[LayerSlice]) -> tuple[LayerTypes, ...]:
         """Linear attention, and full attention in the last layer of a cycle."""
@@ -46,8 +53,8 @@ class Qwen3_5Converter(BaseConverter):  # noqa: N801
 
     def gated_attention(self, layer: LayerParams) -> Blocks:
         """Grouped-query attention; each query head carries its gate behind it."""
-        out = "num_query_heads*head_dim emb_dim"
-        return self.grouped_query_attention(layer, "attention/attention", query_dim="2*head_dim", out=out, norms=True)
+        axes = AttentionAxes(query_dim="2*head_dim", out="num_query_heads*head_dim emb_dim")
+        return self.grouped_query_attention(layer, "attention/attention", axes, norms=True)
 
     def delta_net(self, layer: LayerParams) -> Blocks:
         """Projections of a gated delta net, its convolution, decay and norm."""
@@ -110,3 +117,48 @@ class Qwen3_5Converter(BaseConverter):  # noqa: N801
             *self.gated_mlp(layer, "mlp/shared_expert", "mlp.shared_expert", width="moe_mlp_dim"),
             blocks.BareLinear("mlp.shared_expert_gate", gate),
         )
+
+    @classmethod
+    def from_hub(cls, hub: HubConfig) -> dict[str, Any]:
+        """Returns the fields of a model whose layers all have experts."""
+        cycle = hub.attention_cycle()
+        if cycle is None:
+            hub.problems.append("full_attention_interval, layer_types: missing from the hub config")
+        return {
+            "decoder_block": cls.decoder_blocks[0],
+            "logits_via_embedding": hub.get("tie_word_embeddings", False),
+            "inhomogeneous_layer_cycle_interval": cycle or 1,
+            "shared_experts": int(bool(hub.get("shared_expert_intermediate_size"))),
+            "mlp_dim": hub.get("intermediate_size", 0),
+            **hub.sizes(_SIZES | _DELTA_NET),
+            **hub.expert_sizes(),
+        }
+
+    @classmethod
+    def to_hub(cls, trainer: TrainerConfig) -> dict[str, Any]:
+        """Returns the hub `config.json`: of the class without a vision tower.
+
+        That class always divides the chosen experts' weights by their sum.
+        """
+        trainer.need("norm_topk_prob")
+        trainer.same(norm_topk_prob=(True,))
+        text = delta_net_config(trainer, "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM")
+        text |= {"num_experts_per_tok": trainer.need("num_experts_per_tok"), "mlp_only_layers": []}
+        return {
+            "architectures": text.pop("architectures"),
+            "model_type": "qwen3_5_moe",
+            "text_config": text,
+            "tie_word_embeddings": trainer.config.logits_via_embedding,
+        }
+
+
+def delta_net_config(trainer: TrainerConfig, model_type: str, architecture: str) -> dict[str, Any]:
+    """Returns the hub's fields of delta nets with full attention in the last layer of a cycle, and a shared expert."""
+    trainer.same(**UNSCALED_ROPE, attention_bias=(False,), use_qk_norm_in_gdn=(True,), shared_experts=(1,))
+    rotary, cycle = trainer.need("partial_rotary_factor"), trainer.config.inhomogeneous_layer_cycle_interval
+    names = _SIZES | _DELTA_NET | EXPERTS
+    return trainer.plain(model_type, architecture, names, partial_rotary_factor=rotary) | {
+        "full_attention_interval": cycle,
+        "layer_types": trainer.layer_types("linear_attention", cycle),
+        "shared_expert_intermediate_size": trainer.config.moe_mlp_dim,
+    }

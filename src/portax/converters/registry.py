@@ -1,4 +1,4 @@
-"""Which converter a configuration asks for: portax's own, and those that other packages register."""
+"""All model families, portax's own and those that other packages register, and which of them a configuration is of."""
 
 import importlib.metadata
 from collections.abc import Sequence
@@ -6,7 +6,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from portax.config.model_config import ModelConfig
+from portax.config.hub import HubConfig, is_hub_config
+from portax.config.model_config import ModelConfig, load, reader
+from portax.config.to_hub import TrainerConfig
 from portax.converters.base import BaseConverter
 from portax.converters.gemma3 import Gemma3Converter
 from portax.converters.gemma4 import Gemma4Converter
@@ -48,7 +50,7 @@ def converter_for(
     An engine that runs MaxText's own model takes any decoder: one that no family is for goes by structure alone.
 
     Args:
-        config: Anything that `ModelConfig.of` reads: a MaxText config object, a mapping, a YAML or `config.json` path.
+        config: Anything that `read_config` reads: a MaxText config object, a mapping, a YAML or `config.json` path.
         layout: How the engine holds weights; None reads it off `config.rollout_tensor_parallelism` and the installed
             tpu-inference.
         mesh: Where results go, partitioned as the layout says; None leaves them where they were computed.
@@ -66,23 +68,103 @@ def converter_for(
     Example:
         >>> portax.converter_for("qwen3-8b.yml", layout=portax.layouts.TpuInference(version="0.32", tp=4))
     """
-    config = ModelConfig.of(config)
-    known = families()
+    config = read_config(config)
     options: dict[str, Any] = {"layout": layout, "module_prefix": module_prefix, "strict_dtype": strict_dtype}
     options["leave"] = leave
-    if config.decoder_block not in known and isinstance(layout, Layout) and layout.names == "trainer":
+    if config.decoder_block not in families() and isinstance(layout, Layout) and layout.names == "trainer":
         return MaxTextConverter(config, mesh, **options)
-    if config.decoder_block not in known:
+    return _family(config.decoder_block)(config, mesh, **options)
+
+
+def read_config(source: Any) -> ModelConfig:
+    """Reads a model's configuration, whichever family it is of.
+
+    Args:
+        source: A `ModelConfig`; a MaxText config object; a mapping in MaxText's keys or in those of a hub
+            `config.json`; or the path of a MaxText model YAML or of a hub `config.json`.
+
+    Returns:
+        The configuration, of the family's own class where it has one.
+
+    Raises:
+        ConfigError: Fields are missing, of the wrong kind, or contradict each other; or the hub's family is unknown.
+
+    Example:
+        >>> portax.read_config({"model_type": "qwen3", "num_hidden_layers": 2})
+        Traceback (most recent call last):
+        portax.errors.ConfigError: not a usable model configuration:
+          hidden_size: missing from the hub config
+          ...
+    """
+    source = load(source)
+    if is_hub_config(source):
+        return _reader_of(HubConfig(source)).read_config(source)
+    family = families().get(_decoder_block(source), None)
+    return ModelConfig.of(source) if family is None else family.read_config(source)
+
+
+def derive_hub_config(source: Any) -> dict[str, Any]:
+    """Returns the hub's `config.json` of a model, from its trainer's configuration.
+
+    Nothing that results depend on is guessed or takes a default: the configuration says it, or the family has no choice
+    there. What is no property of the weights (token ids, the longest context) is left to the defaults of whoever loads.
+
+    Args:
+        source: MaxText's config object, a mapping, or the path of a YAML or JSON, in MaxText's keys.
+
+    Returns:
+        The content of a `config.json`, such as `export` takes as `hub_config`.
+
+    Raises:
+        ConfigError: The configuration does not say enough, or has what the family's class on the hub has not; or it is
+            of a family for which none is derived.
+
+    Example:
+        >>> portax.derive_hub_config(portax.config.shipped.config_path("qwen3-8b"))["rope_theta"]
+        1000000
+    """
+    source = load(source)
+    config = read_config(source)
+    trainer = TrainerConfig(source, config)
+    return trainer.finish(_family(config.decoder_block).to_hub(trainer))
+
+
+def _decoder_block(source: Any) -> str:
+    block = reader(source)("decoder_block")
+    return getattr(block, "value", block)
+
+
+def _family(decoder_block: str) -> type[BaseConverter]:
+    known = families()
+    if decoder_block not in known:
         listed = ", ".join(f"{block} ({family.__name__})" for block, family in known.items())
         raise ConfigError(
-            f"decoder_block={config.decoder_block!r} has no converter; known: {listed}. "
+            f"decoder_block={decoder_block!r} has no converter; known: {listed}. "
             f"A package can register one under the entry point group {ENTRY_POINTS!r}"
         )
-    return known[config.decoder_block](config, mesh, **options)
+    return known[decoder_block]
+
+
+def _reader_of(hub: HubConfig) -> type[BaseConverter]:
+    """The family of a hub `config.json`; `hub_types` that a family inherits are not its own."""
+    known = [family for family in dict.fromkeys(families().values()) if "hub_types" in vars(family)]
+    found = [family for family in known if family.reads_hub(hub)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(
+            f"model_type={hub.model_type!r} is that of several families, {', '.join(map(_origin, found))}: use the "
+            "class itself, or the trainer's configuration, whose decoder_block tells"
+        )
+    listed = ", ".join(sorted({name for family in known for name in family.hub_types}))
+    raise ConfigError(
+        f"not a usable model configuration:\n  model_type: {hub.model_type!r} is not known; known: {listed}. "
+        f"A package can register a family under the entry point group {ENTRY_POINTS!r}"
+    )
 
 
 def families() -> dict[str, type[BaseConverter]]:
-    """Every known converter by the `decoder_block` that it is for.
+    """Returns every known converter by the `decoder_block` that it is for.
 
     Raises:
         ConfigError: A registered converter cannot be loaded or is none, or two are for the same `decoder_block`.

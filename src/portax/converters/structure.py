@@ -9,12 +9,12 @@ from typing import TypeAlias
 import jax.numpy as jnp
 
 from portax.config.model_config import ModelConfig
-from portax.converters.decoder import Blocks
 from portax.errors import Problem
 from portax.layouts import Layout
 from portax.planning.trace import Hooks
 from portax.trainer.layer_params import LayerParams
 from portax.weights import blocks
+from portax.weights.blocks import Blocks
 
 _Axes: TypeAlias = tuple[str, ...]
 

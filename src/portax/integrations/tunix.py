@@ -40,7 +40,7 @@ class VllmSampler(vllm_sampler.VllmSampler):
         Args:
             tokenizer: As for Tunix's sampler.
             config: Tunix's `VllmConfig`; its key mappings are not used.
-            trainer_config: The trainer's model configuration: anything that `ModelConfig.of` reads.
+            trainer_config: The trainer's model configuration: anything that `portax.read_config` reads.
             **options: Of `WeightSync`.
 
         Raises:
@@ -105,7 +105,7 @@ class VllmRollout(vllm_rollout.VllmRollout):
             tokenizer: As for Tunix's rollout.
             mesh: The rollout's devices.
             rollout_config: Tunix's `RolloutConfig`; the engine's longest sequence is its `kv_cache_size`.
-            config: The trainer's model configuration: anything that `ModelConfig.of` reads.
+            config: The trainer's model configuration: anything that `portax.read_config` reads.
             **options: Of `WeightSync`.
 
         Raises:

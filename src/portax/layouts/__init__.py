@@ -5,6 +5,7 @@ from portax.layouts.canonical import Canonical
 from portax.layouts.flax_nnx import FlaxNnx
 from portax.layouts.huggingface import HuggingFace
 from portax.layouts.maxtext_vllm import MaxTextVllm
+from portax.layouts.native_model import NativeModel
 from portax.layouts.quantization import Quantization
 from portax.layouts.tpu_inference import TpuInference
 
@@ -14,6 +15,7 @@ __all__ = [
     "HuggingFace",
     "Layout",
     "MaxTextVllm",
+    "NativeModel",
     "Quantization",
     "Tensor",
     "TpuInference",

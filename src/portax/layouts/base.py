@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
 from portax.errors import LayoutError
+from portax.layouts.native_model import NativeModel
 from portax.weights import bits, blocks, kernels
 
 _Block = TypeVar("_Block", bound=blocks.Block)
@@ -91,11 +92,12 @@ class Layout(abc.ABC):
         del unscanned
         return self.path(tensor, layer=layer, module_prefix=module_prefix)
 
-    def for_architecture(self, architecture: str | None) -> "Layout":
+    def for_architecture(self, architecture: str | None, native: NativeModel | None = None) -> "Layout":
         """The layout of one class of models, for an engine that holds them in several ways; by default the same.
 
         Args:
             architecture: The hub's name of the class, as in `architectures` of a `config.json`; None if unknown.
+            native: How the engine's native JAX model of that class holds weights; None without one that was run.
 
         Raises:
             LayoutError: The engine does not hold models of this class in this way.

@@ -6,7 +6,7 @@ models/jax/{qwen2,qwen3,llama3,gemma4}.py, models/jax/utils/weight_utils.py and 
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
@@ -15,50 +15,12 @@ from portax.errors import LayoutError, QuantizationError
 from portax.layouts import _quantising
 from portax.layouts._tpu import AXIS, TpuEngine
 from portax.layouts.base import OTHER_MODALITIES, Tensor, as_matrix, flat_columns, in_decoder
+from portax.layouts.native_model import NativeModel
 from portax.layouts.quantization import Quantization
 from portax.weights import blocks, kernels
 
 _HEAD_MULTIPLE, _HEAD_UNPADDED = 128, 64
 _ENGINE_OWNED = re.compile(rf"^rng\.|\.{OTHER_MODALITIES}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Model:
-    """What sets one of the engine's model classes apart.
-
-    Attributes:
-        kernel: What it calls the weight of a linear.
-        norm: What it calls the weight of a norm.
-        embedding: What it calls the token embedding.
-        head: Where its output projection is; None where none that is not tied was run.
-        tied: Whether a model without one was run.
-        pads_heads: Whether it pads head_dim and repeats KV heads; the others' loader refuses what would need that.
-        pads_vocab: Whether it pads the vocabulary to a multiple of tp.
-        merges_gate_up: Whether gate and up are one matrix.
-        cuts_wide_kv: Whether KV heads that tp does not divide are cut along head_dim.
-        block_checkpoints: Whether it was run on fp8 checkpoints in blocks.
-        quantises_experts: Whether its experts were run quantised online.
-    """
-
-    kernel: str = "weight"
-    norm: str = "weight"
-    embedding: str = "embed_tokens.weight"
-    head: str | None = "lm_head.weight"
-    tied: bool = True
-    pads_heads: bool = False
-    pads_vocab: bool = False
-    merges_gate_up: bool = False
-    cuts_wide_kv: bool = False
-    block_checkpoints: bool = False
-    quantises_experts: bool = False
-
-
-_MODELS = {
-    "Qwen2ForCausalLM": _Model(head=None),
-    "Qwen3ForCausalLM": _Model(pads_vocab=True, block_checkpoints=True),
-    "LlamaForCausalLM": _Model("kernel", "scale", "embed.embedding", "model.lm_head", tied=False, pads_heads=True),
-    "Gemma4ForConditionalGeneration": _Model(head=None, merges_gate_up=True, cuts_wide_kv=True, quantises_experts=True),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +36,7 @@ class FlaxNnx(TpuEngine):
         moe_backend: Which kernel runs the experts: `gmm_tp` (the engine's default) or `gmm_ep` (expert parallelism).
         dtype: What the engine stores weights in.
         allow_untested: Whether to use the newest known layout for a version newer than any that was checked.
-        architecture: The hub's name of the model class; converters fill it in.
+        model: How the engine's model class holds weights; converters fill in what their family says.
         quantization: What the engine quantises; None for nothing.
 
     Raises:
@@ -90,7 +52,7 @@ class FlaxNnx(TpuEngine):
     moe_backend: str = "gmm_tp"
     dtype: Any = jnp.dtype(jnp.bfloat16)
     allow_untested: bool = False
-    architecture: str | None = None
+    model: NativeModel | None = dataclasses.field(default=None, repr=False)
     quantization: Quantization | None = None
 
     def __post_init__(self):
@@ -125,42 +87,40 @@ class FlaxNnx(TpuEngine):
         """As if the engine had loaded this or that checkpoint."""
         return None if self.quantization is None else self.quantization.definition
 
-    def for_architecture(self, architecture: str | None) -> "FlaxNnx":
-        """The layout of one model class.
+    def for_architecture(self, architecture: str | None, native: NativeModel | None = None) -> "FlaxNnx":
+        """Returns the layout of one model class.
 
         Raises:
             LayoutError: The engine has no native JAX model of that class, or none that was run.
         """
-        architecture = architecture or self.architecture
-        self._check_architecture(architecture)
-        if self.quantization is not None and not self._was_run_quantised(_MODELS[architecture or ""]):
+        model = native or self.model
+        if model is None or architecture not in (None, model.architecture):
+            self._without_model(architecture)
+        if self.quantization is not None and not self._was_run_quantised(model):
             raise QuantizationError(
-                f"{architecture}: native JAX models (flax_nnx) of this class were not run with {self.quantization}"
+                f"{model.architecture}: native JAX models (flax_nnx) of this class were not run with "
+                f"{self.quantization}"
             )
-        return dataclasses.replace(self, architecture=architecture)
+        return dataclasses.replace(self, model=model)
 
-    def _was_run_quantised(self, model: _Model) -> bool:
+    def _was_run_quantised(self, model: NativeModel) -> bool:
         blocks_ = self.quantization is not None and self.quantization.is_of_quantised_checkpoint
         return model.block_checkpoints if blocks_ else model.quantises_experts
 
-    def _check_architecture(self, architecture: str | None) -> None:
-        if architecture in _MODELS:
-            return
+    def _without_model(self, architecture: str | None) -> NoReturn:
         if architecture is None:
             raise LayoutError(
-                "the engine's native JAX models differ in how they hold weights: the converter has to name its model "
-                "class (`architecture`), or pass FlaxNnx(..., architecture=...)"
+                "the engine's native JAX models differ in how they hold weights: the converter has to describe its "
+                "model class (`native_model`), or pass FlaxNnx(..., model=portax.layouts.NativeModel(...))"
             )
         raise LayoutError(
-            f"{architecture} is not among the native JAX models (flax_nnx) that are covered, "
-            f"{', '.join(_MODELS)}: tpu-inference runs it on torchax, by itself or with MODEL_IMPL_TYPE=vllm. Use "
-            f'TpuInference(version="{self.version}", tp={self.tp})'
+            f"{architecture} is not among the native JAX models (flax_nnx) that are covered: tpu-inference runs it on "
+            f'torchax, by itself or with MODEL_IMPL_TYPE=vllm. Use TpuInference(version="{self.version}", tp={self.tp})'
         )
 
     @property
-    def _model(self) -> _Model:
-        self._check_architecture(self.architecture)
-        return _MODELS[self.architecture or ""]
+    def _model(self) -> NativeModel:
+        return self.model or self._without_model(None)
 
     @property
     def mesh_axes(self) -> dict[str, int]:
@@ -274,7 +234,7 @@ class FlaxNnx(TpuEngine):
         if not self._model.pads_heads:
             raise LayoutError(
                 f"{name}: head_dim = {width} is neither {_HEAD_UNPADDED} nor a multiple of {_HEAD_MULTIPLE}, and the "
-                f"engine's own loader refuses that for {self.architecture}",
+                f"engine's own loader refuses that for {self._model.architecture}",
                 expected=f"head_dim {_HEAD_UNPADDED}, or a multiple of {_HEAD_MULTIPLE}",
                 cause="a model that the native JAX code does not run: use MODEL_IMPL_TYPE=vllm and TpuInference",
             )
@@ -325,8 +285,8 @@ class FlaxNnx(TpuEngine):
         """`[embed, vocab]`."""
         if self._model.head is None:
             raise LayoutError(
-                f"a native {self.architecture} whose output projection is not tied to its embedding was not run, or "
-                "does not start (Qwen2.5 at 0.32.0)",
+                f"a native {self._model.architecture} whose output projection is not tied to its embedding was not "
+                "run, or does not start (Qwen2.5 at 0.32.0)",
                 expected="a tied model (logits_via_embedding=True)",
                 cause="an untied model: use MODEL_IMPL_TYPE=vllm and TpuInference",
             )
@@ -338,7 +298,7 @@ class FlaxNnx(TpuEngine):
         """Nothing: the embedding is the head."""
         if not self._model.tied:
             raise LayoutError(
-                f"a native {self.architecture} whose embedding is its output projection, too, was not run",
+                f"a native {self._model.architecture} whose embedding is its output projection, too, was not run",
                 expected="an output projection of its own (logits_via_embedding=False)",
                 cause="a tied model: use MODEL_IMPL_TYPE=vllm and TpuInference",
             )

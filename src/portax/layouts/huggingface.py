@@ -64,13 +64,14 @@ class HuggingFace(Layout):
 
     def fused_moe(self, block: blocks.FusedMoE) -> tuple[Tensor, ...]:
         """Each expert's three projections, or all experts stacked as `gate_up_proj` and `down_proj`."""
+        names = block.hub_names
         if block.hub == "stacked":
             gate_up = jnp.concatenate([block.gate, block.up], axis=2)
             return (
-                Tensor(f"{block.name}.gate_up_proj", gate_up.swapaxes(1, 2)),
-                Tensor(f"{block.name}.down_proj", block.down.swapaxes(1, 2)),
+                Tensor(f"{block.name}.{names.gate_up}", gate_up.swapaxes(1, 2)),
+                Tensor(f"{block.name}.{names.down}", block.down.swapaxes(1, 2)),
             )
-        projections = {"gate_proj": block.gate, "up_proj": block.up, "down_proj": block.down}
+        projections = {names.gate: block.gate, names.up: block.up, names.down: block.down}
         return tuple(
             Tensor(f"{block.name}.{expert}.{name}.weight", kernels.transpose(kernel[expert]))
             for expert in range(block.gate.shape[0])

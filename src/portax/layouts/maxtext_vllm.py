@@ -18,6 +18,7 @@ from jaxtyping import Array, Shaped
 from portax.errors import LayoutError
 from portax.layouts._tpu import must_be_positive
 from portax.layouts.base import Layout, Tensor
+from portax.layouts.native_model import NativeModel
 from portax.weights import blocks, kernels
 
 _KNOWN = ("0.2.5",)
@@ -122,7 +123,7 @@ class MaxTextVllm(Layout):
             "model": self.tp // self.attention_dp,
         }
 
-    def for_architecture(self, architecture: str | None) -> "MaxTextVllm":
+    def for_architecture(self, architecture: str | None, native: NativeModel | None = None) -> "MaxTextVllm":
         """The same for all.
 
         Raises:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from portax.config import axes as axis_sizes
 from portax.trainer.layer_params import Axes
 
 # The mesh axes that may cut each axis of a weight, where there are such and they divide it; experts choose first.
@@ -31,7 +32,7 @@ def partition(mesh: Mesh) -> Callable[[Axes], NamedSharding]:
         free = {axis for axis, size in mesh.shape.items() if size > 1}
         for name, rule in _RULES.items():
             for i, (of_axis, size) in enumerate(axes):
-                if name not in of_axis.split("*") or sum(other != "layers" for other, _ in axes) < 2:
+                if not axis_sizes.parse(of_axis).has_factor(name) or sum(other != "layers" for other, _ in axes) < 2:
                     continue
                 cut: tuple[str, ...] = ()
                 for axis in rule:

@@ -162,7 +162,7 @@ def validate(
         hub_config: The content of the hub's `config.json` of this model, held against the checkpoint.
         prompt: Text, or token ids. `<bos>` is put in front if the family wants it and the prompt has none.
         engine: `portax.integrations.transformers.Transformers()` or `portax.integrations.vllm.Vllm()`.
-        config: The trainer's configuration: anything that `ModelConfig.of` reads; None for the hub's.
+        config: The trainer's configuration: anything that `portax.read_config` reads; None for the hub's.
         tokenizer: A local folder with a tokenizer; text needs one.
         max_new_tokens: Most tokens to generate.
         scratch: As for `open_checkpoint`.

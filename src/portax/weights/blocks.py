@@ -125,6 +125,27 @@ class QKV:
     bias: tuple[Shaped[Array, "_ _"], ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class ExpertNames:
+    """What the hub calls the matrices of an expert: each by itself, or all experts' stacked.
+
+    Attributes:
+        gate: Kernel of the activated branch.
+        up: Kernel of the linear branch.
+        down: Kernel of the way back.
+        gate_up: Both branches side by side, where experts are stacked.
+    """
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    gate_up: str = "gate_up_proj"
+
+
+EXPERT_NAMES = ExpertNames()
+"""What most of the hub's mixtures of experts call them."""
+
+
 @_block
 class FusedMoE:
     """The routed experts of one layer.
@@ -135,6 +156,7 @@ class FusedMoE:
         up: Kernel of the linear branch.
         down: Kernel of the way back.
         hub: Whether the hub stores `each` expert as tensors of its own or all of them `stacked`.
+        hub_names: What the hub calls the matrices.
     """
 
     name: str = _static()
@@ -142,6 +164,7 @@ class FusedMoE:
     up: Shaped[Array, "experts in width"]
     down: Shaped[Array, "experts width in"]
     hub: Literal["each", "stacked"] = _static()
+    hub_names: ExpertNames = _static(default=EXPERT_NAMES)
 
 
 @_block
@@ -224,3 +247,6 @@ Block: TypeAlias = (
     | Param
     | TrainerParam
 )
+
+Blocks: TypeAlias = tuple[Block, ...]
+"""Everything that one hook returns."""
