@@ -149,6 +149,22 @@ def test_a_variable_that_is_no_param_is_a_weight_if_its_type_is_known_as_one():
     assert ({*state.leaves}, state.ignored) == ({"decoder/gate/kernel", "decoder/gate/bias"}, ("decoder/gate/cache",))
 
 
+@pytest.mark.parametrize("box", [lambda leaf: leaf, lambda leaf: {"value": leaf}], ids=["array", "value"])
+def test_a_weight_that_maxtext_saves_beside_the_parameters_is_one_of_them(box, tmp_path):
+    gate, others = "decoder/moe_layers/DeepSeekMoeBlock_0/MoeBlock_0/gate", {"rngs": randomness(), "mean": np.ones(3)}
+    state = {
+        "params": {"params": nested({f"{gate}/kernel": box(np.ones((8, 4), np.float32))})},
+        "nnx_aux": {"model": nested({f"{gate}/bias": box(np.ones(4, np.float32)), "decoder/statistics": others})},
+    }
+    found = param_tree.read(state)
+    assert {*found.leaves} == {f"{gate}/kernel", f"{gate}/bias"}
+    assert "nnx_aux/model/decoder/statistics/mean" in found.ignored
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "c", args=ocp.args.PyTreeSave(state))
+    checkpoint = portax.open_checkpoint(tmp_path / "c")
+    assert {*param_tree.read(checkpoint).leaves} == {*found.leaves}
+
+
 def unscanned(form):
     """The layers apart, written as this form says."""
     return {path.removeprefix("base/").replace("/layers_", form): leaf for path, leaf in filled(UNSCAN).items()}

@@ -107,7 +107,7 @@ def _router_bias(suspect: Suspect) -> str | None:
         return None
     return (
         "MaxText keeps this bias in a MoEBiasVar, which is no nnx.Param: hand over nnx.state(model), or "
-        "nnx.state(model, (nnx.Param, MoEBiasVar)); a checkpoint has it below nnx_aux"
+        "nnx.state(model, (nnx.Param, MoEBiasVar))"
     )
 
 

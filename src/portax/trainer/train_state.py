@@ -14,6 +14,7 @@ _TRUNK = ("base", "params", "decoder", "token_embedder")  # what a trainer's `mo
 _BESIDE = ("optimizer", "opt_state", "step", "nnx_aux", "batch_stats")  # what stands beside parameters
 _RANDOM = ("rngs", "dropout")  # what holds random state alone, where no variable's type says so
 _WEIGHTS = ("MoEBiasVar",)  # variables that are weights and no `nnx.Param`: DeepSeek's router bias in MaxText
+_AUX, _AUX_WEIGHTS = ("nnx_aux", "model"), ("gate", "bias")  # where checkpoints have those, which know no types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,8 @@ def select(found: Iterable[tuple[Parts, Box]]) -> tuple[Selection, list[str]]:
             path = "/".join(parts[len(root) : len(parts) - (parts in boxed)])
             twice += ["/".join((*root, path))] * (path in params)
             params[path] = leaf
+        elif _is_auxiliary_weight(parts, parts in boxed):
+            params["/".join(parts[len(_AUX) : len(parts) - (parts in boxed)])] = leaf
         elif _is_stranger(parts, root, leaf):
             strangers[parts] = leaf
         else:
@@ -99,6 +102,12 @@ def _head(paths: Iterable[Parts], depth: int) -> str | None:
     if heads == {"base"}:
         return "base"
     return "model" if any(head == "model" and below in _TRUNK for head, below in folders) else None
+
+
+def _is_auxiliary_weight(parts: Parts, boxed: bool) -> bool:
+    """Whether this is a weight that MaxText saves beside the parameters, because its variable is no `nnx.Param`."""
+    path = parts[: len(parts) - boxed]
+    return path[: len(_AUX)] == _AUX and path[-len(_AUX_WEIGHTS) :] == _AUX_WEIGHTS
 
 
 def _is_stranger(parts: Parts, root: Parts, leaf: Leaf) -> bool:
