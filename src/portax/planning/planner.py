@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +17,7 @@ from portax.layouts import Layout, Tensor
 from portax.planning import causes
 from portax.planning.plan import PROGRAMS_IN_FLIGHT, Entry, Plan, axes_of, spec_text
 from portax.planning.trace import Hooks, Trace, trace
+from portax.trainer.flatten import Leaf
 from portax.trainer.param_tree import ParamTree
 from portax.trainer.scan import LayerGroup
 
@@ -28,7 +28,7 @@ def make_plan(
     tree: ParamTree,
     groups: Sequence[LayerGroup],
     *,
-    target: Mapping[str, Any] | None,
+    target: Mapping[str, Leaf] | None,
     strict_dtype: bool,
 ) -> Plan:
     """Plans a conversion and checks it both ways.
@@ -97,14 +97,14 @@ def _entries(layout: Layout, module_prefix: str, group: LayerGroup, traced: Trac
             )
 
 
-def _casts(sources: Iterable[Any], dtype: np.dtype, lossy: tuple[str, ...]) -> tuple[str, ...]:
+def _casts(sources: Iterable[np.dtype], dtype: np.dtype, lossy: tuple[str, ...]) -> tuple[str, ...]:
     """Every step that loses precision, in order; what is quantised is cast to bfloat16 first."""
     cast_to = np.dtype(jnp.bfloat16) if lossy else dtype
     return tuple(sorted({step for source in sources if (step := _narrowing(source, cast_to))})) + lossy
 
 
 @functools.cache
-def _narrowing(source: Any, target: np.dtype) -> str | None:
+def _narrowing(source: np.dtype, target: np.dtype) -> str | None:
     if source.itemsize == 1:  # quantised, which is a problem of its own
         return None
     return None if jnp.promote_types(source, target) == target else f"{np.dtype(source)} -> {target}"
@@ -188,7 +188,7 @@ def _cut_problems(entry: Entry, layout: Layout) -> Iterable[Problem]:
 
 
 def _against_target(
-    entries: list[Entry], target: Mapping[str, Any], layout: Layout
+    entries: list[Entry], target: Mapping[str, Leaf], layout: Layout
 ) -> tuple[tuple[str, ...], list[Problem]]:
     problems = _mesh_problems(target, layout)
     planned = {entry.name: entry for entry in entries}
@@ -206,7 +206,7 @@ def _against_target(
     return owned, problems
 
 
-def _mesh_problems(target: Mapping[str, Any], layout: Layout) -> list[Problem]:
+def _mesh_problems(target: Mapping[str, Leaf], layout: Layout) -> list[Problem]:
     """An engine of another size may have leaves of the same shapes, in another order."""
     shardings = [getattr(leaf, "sharding", None) for leaf in target.values()]
     meshes = {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}
@@ -227,7 +227,7 @@ def _leaf_text(entry: Entry) -> str:
     return f"{entry.dtype}{list(entry.shape)}"
 
 
-def _leaf_problems(entry: Entry, leaf: Any) -> Iterable[Problem]:
+def _leaf_problems(entry: Entry, leaf: Leaf) -> Iterable[Problem]:
     shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
     if (shape, dtype) != (entry.shape, entry.dtype):
         cause = "tp, moe_backend, attention_dp, version or dtype is not the engine's, or the config is of another size"

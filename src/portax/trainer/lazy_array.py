@@ -4,10 +4,14 @@ import abc
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
+from types import EllipsisType
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Shaped
+
+Index: TypeAlias = int | slice | EllipsisType | tuple[int | slice, ...]
+"""A part of an array: numbers and slices (of step 1), one for each of the first axes; `...` for all of it."""
 
 _ALIGNMENT = 64  # bytes; from such an address JAX takes an array on the CPU over as it is
 
@@ -68,7 +72,7 @@ class LazyArray(abc.ABC):
         """Frees what is kept so that parts can be read faster; the next read makes it anew."""
 
     @abc.abstractmethod
-    def __getitem__(self, at: Any) -> Shaped[np.ndarray, "..."]:
+    def __getitem__(self, at: Index) -> Shaped[np.ndarray, "..."]:
         """Reads a part into host memory.
 
         Args:
