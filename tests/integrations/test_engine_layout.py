@@ -58,8 +58,3 @@ def test_the_experts_backend_is_read_off_the_model():
     assert tpu_inference.layout(engine(engine_mesh(2), backends=[Backend.GMM_EP])).moe_backend == "gmm_ep"
     with pytest.raises(portax.LayoutError, match="experts run on several backends: gmm_ep, gmm_tp"):
         tpu_inference.layout(engine(engine_mesh(2), backends=[*Backend]))
-
-
-def test_a_quantised_engine():
-    with pytest.raises(portax.LayoutError, match=r"the engine is quantised \(fp8\)"):
-        tpu_inference.layout(engine(engine_mesh(2), quantization="fp8"))

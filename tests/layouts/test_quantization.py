@@ -268,6 +268,18 @@ def test_a_scale_dtype_that_the_engine_does_not_have_is_refused():
         planned(DENSE, settings(**ONLINE), target=target)
 
 
+def test_trainers_that_hold_fp8_are_refused_by_name():
+    path = "base/decoder/layers/mlp/wo/kernel"
+    params = dict(values(DENSE, "probe"))
+    params[path] = params[path].astype(ml_dtypes.float8_e4m3fn)
+    params[f"{path}_scale"] = np.ones((1, 1, 128), np.float32)
+    layout = TpuInference(version="0.32", tp=4, quantization=settings(**ONLINE))
+    with pytest.raises(portax.PlanError, match=r"wo/kernel: found dtype float8_e4m3fn.*is quantised") as error:
+        portax.converter_for(tree(DENSE).config, layout=layout).plan(params)
+    assert "wo/kernel_scale: found shape [1, 1, 128], which no hook uses" in str(error.value)
+    assert "the trainer holds its weights in fp8" in str(error.value)
+
+
 def test_a_second_conversion_compiles_nothing(compilations):
     layout = TpuInference(version="0.32", tp=4, quantization=settings(**ONLINE))
     converter = portax.converter_for(tree(DENSE).config, layout=layout)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from portax._text.names import fold
 from portax.converters import converter_for
-from portax.errors import LayoutError, SyncError
+from portax.errors import LayoutError, QuantizationError, SyncError
 from portax.integrations import maxtext_vllm
+from portax.integrations.tpu_quantization import quantization
 from portax.layouts import FlaxNnx, MaxTextVllm, TpuInference
 from portax.sync.engine_state import EngineState
 from portax.sync.weight_sync import WeightSync
@@ -78,21 +79,27 @@ def _refuse_shared_draft(runner: Any) -> None:
         )
 
 
-def layout(engine: Any, *, experts: str = "per_shard") -> TpuInference | FlaxNnx | MaxTextVllm:
-    """How the engine holds weights: implementation, version, parallel sizes, MoE backend and dtype.
+def layout(
+    engine: Any, *, experts: str = "per_shard", recipe: str | None = None, scale_form: str | None = None
+) -> TpuInference | FlaxNnx | MaxTextVllm:
+    """How the engine holds weights: implementation, version, parallel sizes, MoE backend, dtype and quantisation.
 
     Args:
         engine: As for `model_runner`.
         experts: In which order MaxText's own model holds experts; see `MaxTextVllm`. Other models have but one.
+        recipe: What made the fp8 checkpoint in blocks that the engine loaded, which it does not tell: `fp8-block` or
+            `fp8-block-hf`; see `Quantization`.
+        scale_form: What the engine's compiler makes of scales; see `Quantization`. None where it runs on CPU.
 
     Raises:
-        LayoutError: It is quantised, or its mesh cuts weights along axes that are not covered.
+        LayoutError: It is quantised in a way that was not run or is wrong, or its mesh cuts weights along axes that are
+            not covered.
     """
     runner = model_runner(engine)
     config = runner.vllm_config.model_config
-    if config.quantization is not None:
-        raise LayoutError(f"the engine is quantised ({config.quantization}); only unquantised weights are written")
     if maxtext_vllm.is_maxtext(runner):
+        if config.quantization is not None:
+            raise QuantizationError(f"the engine is quantised ({config.quantization}): MaxText's own model was not run")
         return maxtext_vllm.layout(runner, experts=experts)
     if experts != "per_shard":
         raise LayoutError(f"experts={experts!r} is for an engine that runs MaxText's own model")
@@ -102,6 +109,9 @@ def layout(engine: Any, *, experts: str = "per_shard") -> TpuInference | FlaxNnx
         raise LayoutError(f"the engine's experts run on several backends: {', '.join(sorted(backends))}")
     dtype = jnp.dtype(str(config.dtype).removeprefix("torch."))
     options: dict[str, Any] = {"tp": tp, "moe_backend": next(iter(backends), "gmm_tp"), "dtype": dtype}
+    options["quantization"] = quantization(
+        runner, EngineState(runner.state).leaves(), native=_native(runner), recipe=recipe, scale_form=scale_form
+    )
     if not _native(runner):
         return TpuInference.installed(attention_dp=attention_dp, **options)
     if attention_dp is not None:
@@ -159,13 +169,23 @@ def module_prefix(engine: Any) -> str:
     return found[0]
 
 
-def weight_sync(engine: Any, config: Any, *, experts: str | None = None, **options: Any) -> WeightSync:
+def weight_sync(
+    engine: Any,
+    config: Any,
+    *,
+    experts: str | None = None,
+    recipe: str | None = None,
+    scale_form: str | None = None,
+    **options: Any,
+) -> WeightSync:
     """A `WeightSync` into the engine.
 
     Args:
         engine: As for `model_runner`.
         config: The trainer's configuration.
         experts: As for `layout`, if it is not to be its default.
+        recipe: As for `layout`.
+        scale_form: As for `layout`.
         **options: Of `WeightSync`.
 
     Raises:
@@ -177,7 +197,8 @@ def weight_sync(engine: Any, config: Any, *, experts: str | None = None, **optio
         >>> with updating(llm):
         ...     sync(params)
     """
-    held = layout(engine) if experts is None else layout(engine, experts=experts)
+    told = {} if experts is None else {"experts": experts}
+    held = layout(engine, recipe=recipe, scale_form=scale_form, **told)
     converter = converter_for(config, layout=held, module_prefix=module_prefix(engine))
     return WeightSync(converter, lambda: engine_state(engine), **options)  # the runner may rebind its state
 

@@ -50,6 +50,10 @@ _UNUSED = {
     ),
     r"(^|/|_)lora_[ab](/|$)": "LoRA adapters: merge them into the weights they adapt, or leave them out with "
     "leave=('*lora_[ab]*',)",
+    r"(^|/)(kernel|wi|wi_0|wi_1|wo)_scale$": (  # MaxText's fp8 models
+        "the trainer holds its weights in fp8, and this is a scale of theirs: such trees are not converted; dequantise "
+        "them, or train from bfloat16"
+    ),
     r"/array/(qvalue|scale|zero_point)$|/(qvalue|qtensor)(/|$)": _QUANTISED,
     r"(^|/)pipeline_module/": _PIPELINE,
     r"^decoder/logits_dense/": "the config says that the output projection is tied to the embedding "

@@ -168,6 +168,6 @@ def _problem(path: str, leaf: Any, expected: Shape, labels: str) -> Problem | No
             path,
             f"dtype {leaf.dtype}",
             "float32, bfloat16 or float16",
-            "a quantised or packed checkpoint: dequantise it, its scales are not part of this conversion",
+            "a trainer or checkpoint that is quantised or packed: dequantise it, its scales are not converted",
         )
     return None
