@@ -123,7 +123,7 @@ def test_what_a_tpu_makes_of_scales_has_to_be_named(environment):
     runner.mesh = types.SimpleNamespace(
         shape={"model": 4}, devices=types.SimpleNamespace(flat=[device] * 4), axis_names=("model",)
     )
-    with pytest.raises(portax.QuantizationError, match="scale_form=None on tpu: .*sync.verify"):
+    with pytest.raises(portax.QuantizationError, match=r"scale_form=None on tpu: .*sync.verify"):
         tpu_inference.layout(runner)
     assert tpu_inference.layout(runner, scale_form="wide").quantization == Quantization(
         checkpoint="bf16",
