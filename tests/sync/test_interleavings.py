@@ -95,7 +95,7 @@ def control_c(line):
 WAYS = {
     "nothing": lambda state, step: contextlib.nullcontext(),
     "write": lambda state, step: failing_write(state, step % 36),
-    "make": lambda state, step: failing_call(executor.Executor, "make", step % 6),
+    "make": lambda state, step: failing_call(executor.PreparedCall, "__call__", step % 6),
     "send": lambda state, step: failing_call(jax, "device_put", step % 6),
     "control_c": lambda state, step: control_c(step),
 }

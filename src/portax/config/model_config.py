@@ -7,11 +7,12 @@ import os
 import pathlib
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from portax.config import axes
 from portax.errors import ConfigError
 
+_Config = TypeVar("_Config", bound="ModelConfig")
 _ABSENT = object()
 
 
@@ -92,7 +93,7 @@ class ModelConfig:
             raise ConfigError(_message(problems))
 
     @classmethod
-    def of(cls, source: Any) -> Self:
+    def of(cls: type[_Config], source: Any) -> _Config:
         """Reads a trainer's configuration from any of the forms it comes in.
 
         Args:
@@ -124,7 +125,7 @@ class ModelConfig:
         return cls.build(*_from_maxtext(cls, lambda name: _attribute(source, name)))
 
     @classmethod
-    def _of_another(cls, config: "ModelConfig") -> Self:
+    def _of_another(cls: type[_Config], config: "ModelConfig") -> _Config:
         own = _fields(cls).keys() - _fields(type(config)).keys()
         if own:
             raise ConfigError(
@@ -134,7 +135,7 @@ class ModelConfig:
         return cls(**{name: getattr(config, name) for name in _fields(cls)})
 
     @classmethod
-    def build(cls, values: Mapping[str, Any], problems: Iterable[str] = ()) -> Self:
+    def build(cls: type[_Config], values: Mapping[str, Any], problems: Iterable[str] = ()) -> _Config:
         """Makes a configuration of its fields.
 
         Raises:

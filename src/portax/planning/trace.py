@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from portax.config.model_config import ModelConfig
@@ -40,6 +41,11 @@ _MOVES = frozenset(
     )
 )
 """Primitives that move elements and leave their bits alone."""
+
+_ZERO = 1
+"""Marks constants that are zeros; leaf `i` of a group has the mark `2 << i`."""
+
+_KEEP_ZERO = frozenset(("broadcast_in_dim", "convert_element_type", "copy", "reshape"))
 
 
 @runtime_checkable
@@ -141,8 +147,7 @@ def trace(hooks: Hooks, group: LayerGroup) -> Trace:
     traced = trace_hooks(hooks, group)
     problems = [*traced.problems] or _arithmetic(hooks, group, traced)
     layout = hooks.layout.for_layer(group.types)
-    marks = [*(1 << i for i in range(len(group.paths))), 0]  # `zero` comes last
-    parts = zip(traced.jaxpr.out_avals, _reached(traced.jaxpr.jaxpr, marks), strict=True)
+    parts = zip(traced.jaxpr.out_avals, _reached(traced.jaxpr.jaxpr, _marks(group)), strict=True)
     tensors: list[Tensor] = []
     reached: list[int] = []
     refused: list[int] = []
@@ -162,8 +167,12 @@ def trace(hooks: Hooks, group: LayerGroup) -> Trace:
     return Trace(tuple(tensors), tuple(sources), used, tuple(problems), traced.expected)
 
 
+def _marks(group: LayerGroup) -> tuple[int, ...]:
+    return *(2 << i for i in range(len(group.paths))), 0  # `zero` comes last
+
+
 def _paths(group: LayerGroup, mark: int) -> tuple[str, ...]:
-    return tuple(path for i, path in enumerate(group.paths) if mark >> i & 1)
+    return tuple(path for i, path in enumerate(group.paths) if mark & 2 << i)
 
 
 def _lowered(layout: Layout, tree: Any, avals: Sequence[Any]) -> tuple[ClosedJaxpr, tuple[Tensor, ...]]:
@@ -193,8 +202,7 @@ def _arithmetic(hooks: Hooks, group: LayerGroup, traced: HookTrace) -> list[Prob
     if any(leaf.dtype != jnp.bfloat16 for leaf in group.shapes):  # another dtype may hide a cast to it
         traced = trace_hooks(hooks, group, [jnp.bfloat16] * len(group.paths))
     found: dict[tuple[str, str], Problem] = {}
-    marks = [*(1 << i for i in range(len(group.paths))), 0]
-    for name, mark in _computed(traced.jaxpr.jaxpr, marks):
+    for name, mark in _computed(traced.jaxpr.jaxpr, _marks(group)):
         for path in _paths(group, mark):
             found[path, name] = Problem(
                 path,
@@ -212,17 +220,13 @@ def _computed(jaxpr: Jaxpr, marks: Iterable[int]) -> list[tuple[str, int]]:
 
     def visit(equation: Any, given: list[int]) -> None:
         name = equation.primitive.name
-        if name == "pad" and not _is_zero(equation.invars[1]):
+        if name == "pad" and given[1] != _ZERO:
             name = "pad with something else than zeros"
-        if any(given) and name not in _MOVES and not inner_program(equation):
+        if any(mark & ~_ZERO for mark in given) and name not in _MOVES:
             computed.append((name, functools.reduce(operator.or_, given, 0)))
 
     _reached(jaxpr, marks, visit)
     return computed
-
-
-def _is_zero(atom: Any) -> bool:
-    return isinstance(atom, Literal) and atom.val == 0
 
 
 def inner_program(equation: Any) -> tuple[Jaxpr, int] | None:
@@ -239,7 +243,9 @@ def _reached(jaxpr: Jaxpr, marks: Iterable[int], visit: Any = None) -> list[int]
     of: dict[Any, int] = dict(zip(jaxpr.invars, marks, strict=True))
 
     def mark(atom: Any) -> int:
-        return 0 if isinstance(atom, Literal) else of.get(atom, 0)
+        if isinstance(atom, Literal):
+            return _ZERO if not np.any(atom.val) else 0
+        return of.get(atom, 0)
 
     for equation in jaxpr.eqns:
         given = [mark(atom) for atom in equation.invars]
@@ -249,6 +255,8 @@ def _reached(jaxpr: Jaxpr, marks: Iterable[int], visit: Any = None) -> list[int]
         else:
             if visit is not None and equation.params.get("name") != SCALED_NAME:
                 visit(equation, given)
-            made = [functools.reduce(operator.or_, given, 0)] * len(equation.outvars)
+            joined = functools.reduce(operator.or_, given, 0)
+            is_zero = joined == _ZERO and equation.primitive.name in _KEEP_ZERO
+            made = [joined if is_zero else joined & ~_ZERO] * len(equation.outvars)
         of.update(zip(equation.outvars, made, strict=True))
     return [mark(atom) for atom in jaxpr.outvars]
