@@ -12,7 +12,7 @@ from portax.analysis.identify import identify
 from portax.config.model_config import ModelConfig
 from portax.config.shipped import configs
 from portax.converters import families
-from portax.weights import blocks
+from portax.extend import PlainDecoder, blocks
 
 SHIPPED = [ModelConfig.of(path) for path in configs()]
 SOME_TREES = (
@@ -79,7 +79,7 @@ def test_what_fits_no_family_gets_the_nearest():
     assert match.odd == ("emb_dim = [65, 128]",)
 
 
-class Tiny(portax.BaseConverter):
+class Tiny(PlainDecoder):
     """A family that no shipped configuration is of."""
 
     decoder_blocks = ("tiny",)

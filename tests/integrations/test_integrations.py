@@ -107,7 +107,7 @@ def tunix(monkeypatch):
     modules["tunix.generate.vllm_sampler"].VllmConfig = VllmConfig
     modules["tunix.generate.vllm_sampler"].VllmSampler = VllmSampler
     modules["tunix.rl.rollout.vllm_rollout"].VllmRollout = VllmRollout
-    monkeypatch.setattr(tpu_inference, "layout", lambda engine: LAYOUT)
+    monkeypatch.setattr(tpu_inference, "layout", lambda engine, **told: LAYOUT)
     monkeypatch.setattr(VllmSampler, "started", 0)
     forget()
     yield importlib.import_module("portax.integrations.tunix")
@@ -231,7 +231,7 @@ class Eagle3Proposer:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_draft_that_holds_an_array_of_its_target(when, monkeypatch):
-    monkeypatch.setattr(tpu_inference, "layout", lambda engine: LAYOUT)
+    monkeypatch.setattr(tpu_inference, "layout", lambda engine, **told: LAYOUT)
     engine = Engine()
     llm = types.SimpleNamespace(llm_engine=engine)
     runner = tpu_inference.model_runner(llm)
@@ -256,7 +256,7 @@ def test_a_draft_that_holds_an_array_of_its_target(when, monkeypatch):
 
 
 def test_a_draft_without_weights(monkeypatch):
-    monkeypatch.setattr(tpu_inference, "layout", lambda engine: LAYOUT)
+    monkeypatch.setattr(tpu_inference, "layout", lambda engine, **told: LAYOUT)
     engine = Engine()
     llm = types.SimpleNamespace(llm_engine=engine)
     tpu_inference.model_runner(llm).drafter = types.SimpleNamespace(prompt_lookup_max=3)

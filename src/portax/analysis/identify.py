@@ -98,7 +98,7 @@ def _structures(families: Mapping[str, type[BaseConverter]], shipped: Iterable[M
         if block not in {config.decoder_block for config in structures.values()}:
             sizes: dict[str, Any] = dict.fromkeys((*_SIZES, *family.required), 2)
             for experts in (1, 2):
-                yield ModelConfig(**{**sizes, "decoder_block": block, "num_experts": experts})
+                yield family.config_class(**{**sizes, "decoder_block": block, "num_experts": experts})
 
 
 def _structure(config: ModelConfig) -> tuple[Any, ...]:

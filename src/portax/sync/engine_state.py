@@ -55,7 +55,7 @@ class EngineState:
         claim.take(find)
         self._cells = cells
 
-    def leaves(self) -> dict[str, Shaped[Array, "..."]]:
+    def leaves(self) -> dict[str, Any]:
         """All leaves, as they are now."""
         return {name: self.leaf(name) for name in self._cells}
 
