@@ -38,9 +38,11 @@ class HubConfig:
 
     def __init__(self, source: Mapping[str, Any]):
         """Takes the content of a `config.json`; of a multimodal model, its `text_config` counts."""
-        self._fields = _one_spelling(_text(source))
+        text = _text(source)
+        usable = {name: value for name, value in text.items() if value is None or isinstance(value, _kind(name))}
+        self.problems = [f"{name}: {text[name]!r} is no {_WORDS[_kind(name)]}" for name in text if name not in usable]
+        self._fields = _one_spelling(usable)
         self.model_type = self._fields.get("model_type")
-        self.problems: list[str] = []
 
     def get(self, name: str, default: Any = None) -> Any:
         """Returns a field; the default where it is absent or null."""
@@ -76,15 +78,17 @@ class HubConfig:
 
         Layers that do not repeat so are noted.
         """
-        types = self.get("layer_types")
+        types, depth = self.get("layer_types"), self.get("num_hidden_layers")
         if types is None:
             return self.get("full_attention_interval")
+        if depth != len(types):
+            self.problems.append(f"layer_types: of {len(types)} layers, and num_hidden_layers is {depth}")
         period = types.index("full_attention") + 1 if "full_attention" in types else len(types) + 1
         full = [number for number, kind in enumerate(types, 1) if kind == "full_attention"]
         told = self.get("full_attention_interval", period)
         if full != [number for number in range(1, len(types) + 1) if number % period == 0] or told != period:
             self.problems.append(
-                f"layer_types: full attention in layers {full} (counted from 1): MaxText has it in every {told}th layer"
+                f"layer_types: full attention in layers {full} (counted from 1): MaxText has it in the last of {told}"
             )
         return period
 
@@ -110,13 +114,34 @@ def _one_spelling(fields: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(fields)
     if found.get("num_experts") is None and "num_local_experts" in found:
         found["num_experts"] = found["num_local_experts"]
-    kinds = found.get("layer_types") or []
-    special = (found.get("per_layer_config") or {}).items()
-    for layer in [layer for number, layer in special if kinds[int(number)] == "full_attention"][:1]:
-        found |= {name: layer[key] for name, key in _PER_LAYER.items() if key in layer and found.get(name) is None}
-    if found.get("head_dim") is None and found.get("hidden_size") and found.get("num_attention_heads"):
-        found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
+    layer = _full_attention(found)
+    found |= {name: layer[key] for name, key in _PER_LAYER.items() if key in layer and found.get(name) is None}
+    width, heads = found.get("hidden_size"), found.get("num_attention_heads")
+    if found.get("head_dim") is None and isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        found["head_dim"] = width // heads
     return found
 
+
+def _full_attention(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `per_layer_config` has for a layer of full attention; empty where it has nothing."""
+    full = [str(number) for number, kind in enumerate(fields.get("layer_types") or []) if kind == "full_attention"]
+    special = fields.get("per_layer_config") or {}
+    found: Any = next((special[number] for number in full if number in special), {})
+    return found if isinstance(found, Mapping) else {}
+
+
+def _kind(name: str) -> Any:
+    """What a field must be whose parts are read; any other value is for `ModelConfig` to check."""
+    return _KINDS.get(name, object)
+
+
+_KINDS: Mapping[str, Any] = {
+    "layer_types": list,
+    "mlp_only_layers": list,
+    "rope_parameters": Mapping,
+    "rope_scaling": Mapping,
+    "per_layer_config": Mapping,
+}
+_WORDS: Mapping[Any, str] = {list: "list", Mapping: "mapping"}
 
 _PER_LAYER = {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_key_value_heads"}
