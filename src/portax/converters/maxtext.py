@@ -13,6 +13,8 @@ from portax.errors import ConfigError
 from portax.trainer.layer_params import Axes, LayerParams
 from portax.weights.blocks import Blocks
 
+_ROUTER_BIAS_APART = ("deepseek", "deepseek4")
+
 
 class MaxTextConverter(PlainDecoder):
     """Feeds an engine that runs MaxText's own model with the tree of any MaxText decoder, custom blocks included.
@@ -42,6 +44,12 @@ class MaxTextConverter(PlainDecoder):
     def layer_blocks(self, layer: LayerParams) -> Blocks:
         """Whatever the layer has."""
         return named_blocks(layer, layer.paths)
+
+    def scan_axis(self, path: str) -> int:
+        """Returns the first scan axis: 0 for DeepSeek's router bias, a `MoEBiasVar`, which `nnx.scan` stacks apart."""
+        if path.endswith("gate/bias") and self.config.decoder_block in _ROUTER_BIAS_APART:
+            return 0
+        return super().scan_axis(path)
 
     def expected_tree(
         self,
