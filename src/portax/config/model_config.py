@@ -34,6 +34,7 @@ class ModelConfig:
         mlp_dim: Width of the dense MLP.
         num_experts: Routed experts per layer; 1 means a dense MLP.
         moe_mlp_dim: Width of one routed expert.
+        padded_base_moe_mlp_dim: Width to which the trainer pads routed experts with zeros; 0 without.
         shared_experts: Experts that every token goes through, beside the routed ones.
         logits_via_embedding: Whether the output projection is the embedding table (tied embeddings).
         attention_bias: Whether the query, key and value projections have biases.
@@ -67,6 +68,7 @@ class ModelConfig:
     mlp_dim: int = 0
     num_experts: int = 1
     moe_mlp_dim: int = 0
+    padded_base_moe_mlp_dim: int = 0
     shared_experts: int = 0
     logits_via_embedding: bool = False
     attention_bias: bool = False
@@ -213,6 +215,9 @@ def _violations(of: type[ModelConfig], values: Mapping[str, Any]) -> list[str]:
     width = "moe_mlp_dim" if experts > 1 else "mlp_dim"
     if not values.get(width):
         problems.append(f"{width}: missing, with num_experts={experts} (MaxText's key is base_{width})")
+    padded = values.get("padded_base_moe_mlp_dim") or 0
+    if 0 < padded < values.get("moe_mlp_dim", 0):
+        problems.append(f"padded_base_moe_mlp_dim: {padded} is less than moe_mlp_dim: {values['moe_mlp_dim']}")
     if values.get("use_multimodal"):
         problems.append("use_multimodal: the weights of other modalities are not converted; export the decoder alone")
     keys, heads = values.get("gdn_num_key_heads"), values.get("gdn_num_value_heads")

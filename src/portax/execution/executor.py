@@ -29,10 +29,12 @@ from portax.execution.sharding import (
     replicated,
     spread,
 )
+from portax.execution.zero_padding import check_padding
 from portax.planning.jax_context import each_in_own_context
 from portax.planning.plan import PROGRAMS_IN_FLIGHT, Plan
 from portax.planning.trace import Hooks, HookTrace, trace_hooks
 from portax.trainer.layer_params import own_shape
+from portax.trainer.padding import padded_leaves
 from portax.trainer.param_tree import ParamTree
 from portax.trainer.scan import LayerGroup
 from portax.weights import bits, kernels
@@ -88,6 +90,11 @@ class Conversion:
     groups: tuple[LayerGroup, ...]
     executor: "Executor"
 
+    def check(self) -> None:
+        """Raises a `PlanError` if leaves cannot be converted, or padding that is cut off is not zero."""
+        check_arrays(self.tree)
+        self.executor.check_padding(self.tree, self.groups)
+
     def calls(self, bucket_bytes: int | None) -> tuple[ProgramCall, ...]:
         """Returns the work, in order: a layer at a time, or parts of one that need no more memory than a bucket.
 
@@ -112,7 +119,7 @@ class Conversion:
         Raises:
             PlanError: There are shapes in place of values, or leaves on different devices.
         """
-        check_arrays(self.tree)
+        self.check()
         work = schedule(self.plan, self.groups, bucket_bytes, only, stacks_of=self.tree.leaves if by_stack else None)
         return each_in_own_context(self.executor.run(self, work, bucket_bytes))
 
@@ -143,6 +150,10 @@ class Executor:
         if kept is None or kept[0] is not plan:
             kept = self._calls[bucket_bytes] = plan, tuple(schedule(plan, groups, bucket_bytes))
         return kept[1]
+
+    def check_padding(self, tree: ParamTree, groups: tuple[LayerGroup, ...]) -> None:
+        """As `zero_padding.check_padding`, of whatever the hooks' configuration says is padding."""
+        check_padding(tree, padded_leaves(groups, self._hooks.config), self._hooks.config)
 
     def run(
         self, conversion: Conversion, work: Iterator[ProgramCall], bucket_bytes: int | None

@@ -151,8 +151,9 @@ def _padded(suspect: Suspect) -> str | None:
         return None
     if "moe_mlp_dim" not in only[0] and only[0] != "num_experts":
         return None
+    said = "say so in the config (padded_base_moe_mlp_dim), or " if "moe_mlp_dim" in only[0] else ""
     return (
-        f"experts that were padded for a kernel or a mesh, from {only[0]}={only[1]} to {only[2]}: hand them over "
+        f"experts that were padded for a kernel or a mesh, from {only[0]}={only[1]} to {only[2]}: {said}hand them over "
         "without the padding; or the config is of a smaller model"
     )
 

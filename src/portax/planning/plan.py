@@ -61,6 +61,7 @@ class Plan(Report):
         ignored: Variables of the trainer's state that are no parameters.
         engine_owned: Leaves of the target that the engine fills itself; empty without a target.
         left: Leaves of the trainer that were left out, as asked for (`leave=`).
+        padded: Leaves of the trainer whose padding is cut off, once it is found to be zero.
     """
 
     layout: str
@@ -72,6 +73,7 @@ class Plan(Report):
     engine_owned: tuple[str, ...]
     left: tuple[str, ...] = ()
     definition: str | None = None
+    padded: tuple[str, ...] = ()
 
     @functools.cached_property
     def bytes_out(self) -> int:
@@ -126,6 +128,11 @@ class Plan(Report):
         if self.left:
             left = plural(len(self.left), "leaf", "leaves")
             lines.append(f"left out      {left} of the trainer: {', '.join(fold(self.left))}")
+        if self.padded:
+            padded = plural(len(self.padded), "leaf", "leaves")
+            lines.append(
+                f"padding       of {padded}, cut off once it is found to be zero: {', '.join(fold(self.padded))}"
+            )
         if self.engine_owned:
             lines.append("engine-owned  " + ", ".join(fold(self.engine_owned)))
         return Group(table, text_lines(lines))
@@ -145,7 +152,7 @@ class Plan(Report):
             for entry in self.entries
         }
         totals = {"bytes_in": self.bytes_in, "bytes_out": self.bytes_out, "peak_bytes": self.peak_bytes}
-        lists = {"ignored": self.ignored, "engine_owned": self.engine_owned, "left": self.left}
+        lists = {"ignored": self.ignored, "engine_owned": self.engine_owned, "left": self.left, "padded": self.padded}
         return {"layout": self.layout, "definition": self.definition, **totals, **lists, "entries": entries}
 
 

@@ -18,6 +18,7 @@ from portax.planning import causes
 from portax.planning.plan import PROGRAMS_IN_FLIGHT, Entry, Plan, axes_of, spec_text
 from portax.planning.trace import Hooks, Trace, trace
 from portax.trainer.flatten import Leaf
+from portax.trainer.padding import padded_leaves
 from portax.trainer.param_tree import ParamTree
 from portax.trainer.scan import LayerGroup
 
@@ -72,6 +73,7 @@ def make_plan(
         ignored=tree.ignored,
         engine_owned=owned,
         left=tree.left,
+        padded=tuple(tree.root + path for path in padded_leaves(groups, hooks.config)),
     )
     if problems:
         raise PlanError(_folded(problems), plan)

@@ -13,7 +13,7 @@ from portax.execution.byte_counts import byte_count
 from portax.execution.executor import Arrays, Conversion, PreparedCall
 from portax.execution.inputs import Inputs, source_sharding, tree_sharding
 from portax.execution.schedule import ProgramCall
-from portax.execution.sharding import automatic, check_arrays, device_order, mesh_of, on_sharding
+from portax.execution.sharding import automatic, device_order, mesh_of, on_sharding
 from portax.planning.jax_context import in_own_context
 from portax.planning.plan import Plan
 from portax.sync.attempts import Attempt, mark_lost, mark_written, torn
@@ -174,7 +174,7 @@ class WeightSync:
 
     def _checked(self, params: Any) -> Conversion:
         conversion = self._planned(params)
-        check_arrays(conversion.tree)
+        conversion.check()
         self._engine.check()
         held = self._engine.buffers()
         shared = [

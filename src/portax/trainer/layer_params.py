@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Shaped
 
 from portax.config.model_config import ModelConfig
 from portax.errors import Problem
+from portax.trainer.padding import Padding, padding_of
 from portax.weights import bits
 from portax.weights.scale_shift import ScaleShift
 
@@ -76,7 +77,7 @@ class LayerParams:
         return tuple(self._stacks)
 
     def take(self, path: str) -> Shaped[Array, "..."]:
-        """Takes one leaf of this layer as it is, to move it without knowing what it means; bfloat16 as its bits.
+        """Takes one leaf of this layer, to move it without knowing what it means; bfloat16 as its bits, no padding.
 
         Args:
             path: Path of a leaf that the tree has.
@@ -86,7 +87,7 @@ class LayerParams:
         if problem := _problem(path, stack, expected, f"of a stack of {list(self._scan)} layers on axis {at}"):
             self.problems.append(problem)
             return _in_place_of(self._values[path], own_shape(expected, at, self._scan))
-        return self._values[path]
+        return self._without_padding(path)
 
     def read(self, path: str, axes: str, scale_shift: ScaleShift | None = None) -> Shaped[Array, "..."]:
         """Reads one leaf of this layer, without its scan axes.
@@ -112,11 +113,24 @@ class LayerParams:
         labels = [f"{name}={size}" for name, size in sized]
         kind = f" in a {', '.join(sorted(self.types))} layer" if self.types else ""
         stack = self._stacks.get(path)
-        if problem := _problem(path, stack, tuple(size for _, size in sized), f"[{', '.join(labels)}]{kind}"):
+        expected = tuple(size for _, size in sized)
+        if padding := self._padding(path):
+            expected = padding.stacked(at, len(self._scan)).held_shape(expected)
+        if problem := _problem(path, stack, expected, f"[{', '.join(labels)}]{kind}"):
             self.problems.append(problem)
             return _in_place_of(None if stack is None else self._values[path], shape)
-        value = self._values[path]
+        value = self._without_padding(path)
         return value if scale_shift is None else scaled(scale_shift, value, self._zero)
+
+    def _padding(self, path: str) -> Padding | None:
+        stack = self._stacks.get(path)
+        if stack is None:
+            return None
+        return padding_of(path, own_shape(tuple(stack.shape), self._scan_axis(path), self._scan), self.config)
+
+    def _without_padding(self, path: str) -> Shaped[Array, "..."]:
+        padding = self._padding(path)
+        return self._values[path] if padding is None else padding.cut(self._values[path])
 
 
 def own_shape(shape: Shape, scan_axis: int, scan: Shape) -> Shape:
