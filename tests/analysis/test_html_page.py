@@ -243,9 +243,9 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path, monkeypatch):
     other.write_text("<html>mine</html>")
     link.symlink_to(mine)
     for path in (other, link, tmp_path):
-        with pytest.raises(portax.ReportError, match="exists, and is no page of portax; nothing was written"):
+        with pytest.raises(portax.errors.ReportError, match="exists, and is no page of portax; nothing was written"):
             html_page.write(path, shown)
-    with pytest.raises(portax.ReportError, match="there is no folder"):
+    with pytest.raises(portax.errors.ReportError, match="there is no folder"):
         html_page.write(tmp_path / "none" / "page.html", shown)
     before = mine.read_text()
 
@@ -253,7 +253,7 @@ def test_a_page_replaces_a_page_and_nothing_else(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(portax.ReportError, match=r"page\.html: the disk is full"):
+    with pytest.raises(portax.errors.ReportError, match=r"page\.html: the disk is full"):
         html_page.write(mine, shown)
     assert mine.read_text() == before
     assert other.read_text() == "<html>mine</html>"

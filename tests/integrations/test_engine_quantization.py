@@ -85,7 +85,7 @@ def test_the_layout_of_a_golden_is_read_off_an_engine_that_holds_it(file, variab
 
 def test_an_engine_that_lost_its_scales_is_refused(environment):
     environment(MOE_REQUANTIZE_WEIGHT_DTYPE="float8_e4m3fn")
-    with pytest.raises(portax.QuantizationError, match=r"w13_weight as float8_e4m3fn and no scales.*computes wrong"):
+    with pytest.raises(portax.errors.QuantizationError, match=r"w13_weight as float8_e4m3fn and no scales.*computes wrong"):
         tpu_inference.layout(engine("qwen3-30b-a3b.scan/quantised-0.32.0.tp2.moe-fp8.json"))
 
 
@@ -112,7 +112,7 @@ def test_an_engine_that_lost_its_scales_is_refused(environment):
     ],
 )
 def test_what_an_engine_does_not_tell_or_was_not_run_is_refused(file, told, asked, match, environment):
-    with pytest.raises(portax.QuantizationError, match=match):
+    with pytest.raises(portax.errors.QuantizationError, match=match):
         tpu_inference.layout(engine(file, **told), **asked)
 
 
@@ -123,7 +123,7 @@ def test_what_a_tpu_makes_of_scales_has_to_be_named(environment):
     runner.mesh = types.SimpleNamespace(
         shape={"model": 4}, devices=types.SimpleNamespace(flat=[device] * 4), axis_names=("model",)
     )
-    with pytest.raises(portax.QuantizationError, match=r"scale_form=None on tpu: .*sync.verify"):
+    with pytest.raises(portax.errors.QuantizationError, match=r"scale_form=None on tpu: .*sync.verify"):
         tpu_inference.layout(runner)
     assert tpu_inference.layout(runner, scale_form="wide").quantization == Quantization(
         checkpoint="bf16",

@@ -161,7 +161,7 @@ def test_what_the_compiler_makes_of_scales_is_the_layouts_to_say(form):
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(options, match):
-    with pytest.raises(portax.QuantizationError, match=match):
+    with pytest.raises(portax.errors.QuantizationError, match=match):
         Quantization(**{"checkpoint": "bf16", "scale_form": "narrow"} | options)
 
 
@@ -174,7 +174,7 @@ def test_settings_are_read_off_a_given_environment():
         bf16_linear_requantize_block_size=16,
     )
     assert Quantization.of_environment({"HOME": "/"}, checkpoint="bf16", scale_form="narrow") is None
-    with pytest.raises(portax.QuantizationError, match="REQUANTIZE_BLOCK_SIZE='x' is not a number"):
+    with pytest.raises(portax.errors.QuantizationError, match="REQUANTIZE_BLOCK_SIZE='x' is not a number"):
         Quantization.of_environment({"REQUANTIZE_BLOCK_SIZE": "x"}, checkpoint="fp8-block", scale_form="narrow")
 
 
@@ -224,7 +224,7 @@ def test_what_an_engine_cannot_quantise_is_refused_by_leaf_and_setting(name, qua
 
 
 def test_patterns_that_select_half_of_a_fused_linear_are_refused():
-    with pytest.raises(portax.QuantizationError, match=r"some but not all parts of model\.layers\.0\.self_attn\.qkv"):
+    with pytest.raises(portax.errors.QuantizationError, match=r"some but not all parts of model\.layers\.0\.self_attn\.qkv"):
         planned(DENSE, settings(bf16_linear_requantize_patterns=(r"re:.*\.q_proj",)))
 
 
@@ -239,12 +239,12 @@ def test_patterns_that_select_half_of_a_fused_linear_are_refused():
     ],
 )
 def test_engines_that_were_not_run_quantised_are_refused(kind, options, match):
-    with pytest.raises(portax.QuantizationError, match=match):
+    with pytest.raises(portax.errors.QuantizationError, match=match):
         kind(**{"version": "0.32", "tp": 4} | options)
 
 
 def test_native_models_of_other_classes_are_refused():
-    with pytest.raises(portax.QuantizationError, match=r"Qwen3ForCausalLM: native JAX models .* were not run with"):
+    with pytest.raises(portax.errors.QuantizationError, match=r"Qwen3ForCausalLM: native JAX models .* were not run with"):
         planned(TILED, settings(moe_requantize_weight_dtype="int8"), kind=FlaxNnx, tp=2)
 
 

@@ -72,7 +72,7 @@ def test_bos_goes_in_front_once_and_only_where_it_belongs():
     assert make_prompt([2, 7], *gemma) == session.Prompt((2, 7), None)
     assert make_prompt([7], *converter(CHECKPOINTS / "qwen3-30b-a3b.scan")) == session.Prompt((7,), None)
     far = gemma[1] | {"text_config": gemma[1]["text_config"] | {"bos_token_id": 300}}
-    with pytest.raises(portax.ValidationError, match="token 300 is outside"):
+    with pytest.raises(portax.errors.ValidationError, match="token 300 is outside"):
         make_prompt([7], gemma[0], far)
     nameless = gemma[1] | {"text_config": gemma[1]["text_config"] | {"bos_token_id": None}}
     with pytest.raises(portax.ConfigError, match="begin with <bos>, and the hub config has no bos_token_id"):
@@ -90,7 +90,7 @@ def test_which_families_begin_with_bos():
 
 @pytest.mark.parametrize("token", [-1, 256])
 def test_a_token_outside_the_vocabulary(token):
-    with pytest.raises(portax.ValidationError, match=rf"token {token} is outside this model's vocabulary, 0 to 255"):
+    with pytest.raises(portax.errors.ValidationError, match=rf"token {token} is outside this model's vocabulary, 0 to 255"):
         make_prompt([7, token], *converter(DENSE))
 
 
@@ -145,7 +145,7 @@ def test_a_checkpoint_of_another_model(capsys, nothing_read):
 def test_vllm_wants_a_tpu(monkeypatch):
     monkeypatch.setattr(vllm.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(
-        portax.ValidationError,
+        portax.errors.ValidationError,
         match=r"needs 4 TPU devices, and JAX finds 8 of platform 'cpu' here; --engine transformers",
     ):
         vllm.Vllm(tp=4)
