@@ -85,7 +85,9 @@ def test_the_layout_of_a_golden_is_read_off_an_engine_that_holds_it(file, variab
 
 def test_an_engine_that_lost_its_scales_is_refused(environment):
     environment(MOE_REQUANTIZE_WEIGHT_DTYPE="float8_e4m3fn")
-    with pytest.raises(portax.errors.QuantizationError, match=r"w13_weight as float8_e4m3fn and no scales.*computes wrong"):
+    with pytest.raises(
+        portax.errors.QuantizationError, match=r"w13_weight as float8_e4m3fn and no scales.*computes wrong"
+    ):
         tpu_inference.layout(engine("qwen3-30b-a3b.scan/quantised-0.32.0.tp2.moe-fp8.json"))
 
 

@@ -224,7 +224,9 @@ def test_what_an_engine_cannot_quantise_is_refused_by_leaf_and_setting(name, qua
 
 
 def test_patterns_that_select_half_of_a_fused_linear_are_refused():
-    with pytest.raises(portax.errors.QuantizationError, match=r"some but not all parts of model\.layers\.0\.self_attn\.qkv"):
+    with pytest.raises(
+        portax.errors.QuantizationError, match=r"some but not all parts of model\.layers\.0\.self_attn\.qkv"
+    ):
         planned(DENSE, settings(bf16_linear_requantize_patterns=(r"re:.*\.q_proj",)))
 
 
@@ -244,7 +246,9 @@ def test_engines_that_were_not_run_quantised_are_refused(kind, options, match):
 
 
 def test_native_models_of_other_classes_are_refused():
-    with pytest.raises(portax.errors.QuantizationError, match=r"Qwen3ForCausalLM: native JAX models .* were not run with"):
+    with pytest.raises(
+        portax.errors.QuantizationError, match=r"Qwen3ForCausalLM: native JAX models .* were not run with"
+    ):
         planned(TILED, settings(moe_requantize_weight_dtype="int8"), kind=FlaxNnx, tp=2)
 
 

@@ -90,7 +90,9 @@ def test_which_families_begin_with_bos():
 
 @pytest.mark.parametrize("token", [-1, 256])
 def test_a_token_outside_the_vocabulary(token):
-    with pytest.raises(portax.errors.ValidationError, match=rf"token {token} is outside this model's vocabulary, 0 to 255"):
+    with pytest.raises(
+        portax.errors.ValidationError, match=rf"token {token} is outside this model's vocabulary, 0 to 255"
+    ):
         make_prompt([7, token], *converter(DENSE))
 
 
