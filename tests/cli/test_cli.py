@@ -13,6 +13,9 @@ import pytest
 import safetensors.numpy
 from conftest import CHECKPOINTS, GOLDEN, command, filled, tree
 
+from portax import converter_for, open_checkpoint
+from portax.layouts import MaxTextVllm
+
 DENSE = GOLDEN / "qwen3-8b.scan"
 CHECKPOINT = CHECKPOINTS / "qwen3-0.6b.scan"
 ENGINE = ("--engine-version", "0.32", "--tp", "2")
@@ -50,7 +53,7 @@ def test_demo_for_machines(portax):
 
 
 def test_demo_of_an_unknown_model(portax):
-    assert "the demo has no tree of 'gpt-2'; there are gemma3-4b, gemma4-26b," in portax(
+    assert "the demo has no tree of 'gpt-2' for tpu-inference; there are gemma3-4b, gemma4-26b," in portax(
         "demo", "--model", "gpt-2", code=2
     )
 
@@ -374,6 +377,41 @@ def test_maxtexts_own_model_is_planned_for(portax, args, told):
     plan = json.loads(portax("plan", "--model", "qwen3-30b-a3b", *MAXTEXT, *args, "--json"))
     assert told in plan["layout"]
     assert "model.decoder.layers_47.moe_block.wo" in plan["entries"]
+
+
+def test_the_demo_of_maxtexts_own_model(portax):
+    out = json.loads(portax("demo", "--engine", "maxtext-vllm", "--model", "qwen3-0.6b", "--json"))
+    assert out["exact"]
+    assert [run["tp"] for run in out["runs"]] == [1, 2, 4, 8]
+    assert "model.decoder.layers_0.mlp.wi_0.kernel" in out["runs"][0]["leaves"]
+
+
+def test_the_doctor_of_maxtexts_own_model(portax):
+    out = json.loads(portax("doctor", "--engine", "maxtext-vllm", "--model", "qwen3.5-35b-a3b", "--json"))
+    assert out["passed"]
+    assert out["checks"][-1] == {
+        "what": "the state is what maxtext-vllm-0.32.0 holds, by its digests",
+        "passed": True,
+        "found": "129 leaves, all exact",
+    }
+
+
+def test_verify_takes_goldens_of_maxtexts_own_model(portax):
+    moe = GOLDEN / "qwen3-30b-a3b.scan"
+    golden = ("verify", "--tree", moe / "source.json", "--golden")
+    assert "47 leaves, all exact" in portax(*golden, moe / "maxtext-vllm-0.32.0.tp4.adp2.json")
+    assert command(*golden, moe / "maxtext-vllm-0.32.0.tp2.ep2.json") == 1
+
+
+def test_convert_writes_what_maxtexts_own_model_holds(portax, tmp_path):
+    config = ("--config", CHECKPOINT / "maxtext_config.json")
+    portax("convert", CHECKPOINT / "orbax", *config, *MAXTEXT, "--out", tmp_path / "held")
+    written = safetensors.numpy.load_file(tmp_path / "held" / "model-00001-of-00001.safetensors")
+    converter = converter_for(CHECKPOINT / "maxtext_config.json", layout=MaxTextVllm(version="0.2.5", tp=4))
+    made = converter.convert(open_checkpoint(CHECKPOINT / "orbax"))
+    assert written.keys() == made.keys()
+    for name, leaf in made.items():
+        assert written[name].tobytes() == np.asarray(leaf).tobytes(), name
 
 
 def test_maxtexts_own_model_is_refused_where_it_would_be_a_wrong_one(capsys):

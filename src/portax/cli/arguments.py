@@ -19,6 +19,7 @@ from portax.converters.base import BaseConverter
 from portax.errors import ConfigError
 from portax.execution import byte_counts
 from portax.layouts._tpu import TpuEngine
+from portax.testing import demo
 
 DTYPES = ("bfloat16", "float16", "float32")
 _LAYOUTS: dict[str, type[layouts.Layout]] = {
@@ -81,6 +82,12 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict-dtype", action="store_true", help="make a cast that loses precision an error")
     text = "leave out the trainer's leaves whose whole path it matches, such as '*/vision_encoder/*'; may be repeated"
     parser.add_argument("--leave", action="append", default=[], metavar="PATTERN", help=text)
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Adds the engine whose goldens are shipped."""
+    text = "whose goldens: tpu-inference's own models, or MaxText's in vLLM (default: %(default)s)"
+    parser.add_argument("--engine", choices=demo.ENGINES, default="tpu-inference", help=text)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 
 from portax._text.tables import plural, text_lines
-from portax.cli import devices, output
+from portax.cli import arguments, devices, output
 from portax.cli.command import Command
 from portax.testing import demo
 from portax.testing.comparison import comparison_table, rows_dict, tally
@@ -16,6 +16,7 @@ from portax.testing.comparison import comparison_table, rows_dict, tally
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
+    arguments.add_engine(parser)
     which = parser.add_mutually_exclusive_group()
     text = "only this model; may be repeated"
     which.add_argument("--model", action="append", default=[], metavar="NAME", help=text)
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     runs: list[demo.Run] = []
     with output.status("planning, compiling and converting the first model ...") as status:
-        for run in demo.runs(demo.all_models() if args.all else args.model):
+        for run in demo.runs(demo.all_models(args.engine) if args.all else args.model, args.engine):
             runs.append(run)
             status.update(f"{run.model}, tp={run.tp}: {tally(run.rows)}")
     seconds = time.perf_counter() - start

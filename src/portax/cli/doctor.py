@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 
-from portax.cli import devices, output
+from portax.cli import arguments, devices, output
 from portax.cli.command import Command
 from portax.testing import demo, doctor
 
@@ -12,6 +12,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     text = "a shipped tree (default: %(default)s)"
     parser.add_argument("--model", default="qwen3-30b-a3b", metavar="NAME", help=text)
+    arguments.add_engine(parser)
     parser.add_argument("--tp", type=int, default=2, choices=demo.TENSOR_PARALLEL, help="tensor-parallel size")
 
 
@@ -19,10 +20,10 @@ def run(args: argparse.Namespace) -> int:
     """Carries out the command."""
     devices.simulate(demo.DEVICES)
     with output.status("scrambling, syncing, looking at every leaf ..."):
-        checks = list(demo.examination(args.model, args.tp))
+        checks = list(demo.examination(args.model, args.tp, args.engine))
     passed = all(check.passed for check in checks)
     found = {"passed": passed, "checks": [dataclasses.asdict(check) for check in checks]}
-    output.either(args, found, doctor.table(checks, title=f"{args.model}, tp={args.tp}"))
+    output.either(args, found, doctor.table(checks, title=f"{args.model}, {args.engine}, tp={args.tp}"))
     return 0 if passed else 1
 
 

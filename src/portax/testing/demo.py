@@ -12,12 +12,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from portax.config.shipped import nearest, package_folder
 from portax.converters import converter_for
 from portax.errors import ConfigError
+from portax.layouts import Layout
 from portax.testing.doctor import Check, examine
 from portax.testing.golden import Comparison, Golden, Tree, compare
 
 DEVICES = 8
 TENSOR_PARALLEL = (1, 2, 4, 8)
-_ENGINE = "tpu-inference-0.32.0"
+ENGINES = {"tpu-inference": "tpu-inference-0.32.0", "maxtext-vllm": "maxtext-vllm-0.32.0"}
+"""What the goldens of an engine are called, by its name: tpu-inference's models on torchax, or MaxText's own."""
 _USUAL = ("qwen3-0.6b", "qwen3-8b", "qwen3-30b-a3b", "gemma4-26b")
 
 
@@ -45,31 +47,33 @@ class Run:
         return not any(row.difference for row in self.rows)
 
 
-def goldens() -> dict[str, pathlib.Path]:
-    """Folders with `source.json` and engine goldens, by MaxText's name of the model; scanned, if it can be."""
-    found = package_folder("goldens", "tests/golden").glob(f"*/{_ENGINE}.tp2.json")
-    trees = sorted((golden.parent for golden in found), reverse=True)
+def goldens(engine: str) -> dict[str, pathlib.Path]:
+    """Folders with `source.json` and goldens of an engine, by MaxText's name of the model; scanned, if it can be."""
+    folders = package_folder("goldens", "tests/golden").iterdir()
+    sizes = [f"{ENGINES[engine]}.tp{tp}.json" for tp in TENSOR_PARALLEL]
+    trees = sorted((folder for folder in folders if all((folder / size).exists() for size in sizes)), reverse=True)
     return {path.name.rpartition(".")[0]: path for path in sorted(trees, key=lambda path: path.suffix == ".scan")}
 
 
-def all_models() -> list[str]:
-    """MaxText's names of all shipped trees."""
-    return sorted(goldens())
+def all_models(engine: str) -> list[str]:
+    """MaxText's names of all shipped trees that this engine was run with."""
+    return sorted(goldens(engine))
 
 
-def examination(model: str, tp: int) -> Iterator[Check]:
+def examination(model: str, tp: int, engine: str) -> Iterator[Check]:
     """Lets the doctor look at a made-up engine; whether it holds what the real one does, by its digests, comes last.
 
     Args:
         model: MaxText's name of a shipped tree.
         tp: Tensor-parallel size of the engine.
+        engine: One of `ENGINES`.
 
     Raises:
         ConfigError: The model is not shipped.
     """
-    tree, golden = _shipped(model, tp)
+    tree, golden = _shipped(model, tp, engine)
     devices = np.array(jax.devices()[:DEVICES])
-    mesh = Mesh(devices.reshape(-1, tp), ("data", "model"))
+    mesh = _mesh(golden.layout)
     params = {path: _fsdp(leaf, Mesh(devices, ("fsdp",))) for path, leaf in tree.fill().items()}
     converter = converter_for(tree.config, layout=golden.layout)
     state = {
@@ -84,37 +88,44 @@ def examination(model: str, tp: int) -> Iterator[Check]:
     rows = compare({name: state[name] for name in golden.leaves}, golden)
     wrong = [row.name for row in rows if row.difference]
     found = f"{len(wrong)} of {len(rows)} leaves differ" if wrong else f"{len(rows)} leaves, all exact"
-    yield Check(f"the state is what {_ENGINE} holds, by its digests", not wrong, found)
+    yield Check(f"the state is what {ENGINES[engine]} holds, by its digests", not wrong, found)
 
 
-def _shipped(model: str, tp: int) -> tuple[Tree, Golden]:
-    known = goldens()
+def _shipped(model: str, tp: int, engine: str) -> tuple[Tree, Golden]:
+    known = goldens(engine)
     if model not in known:
-        raise ConfigError(f"the demo has no tree of {model!r}; {nearest(model, all_models())}")
-    return Tree.load(known[model] / "source.json"), Golden.load(known[model] / f"{_ENGINE}.tp{tp}.json")
+        raise ConfigError(f"the demo has no tree of {model!r} for {engine}; {nearest(model, all_models(engine))}")
+    return Tree.load(known[model] / "source.json"), Golden.load(known[model] / f"{ENGINES[engine]}.tp{tp}.json")
 
 
-def runs(models: list[str]) -> Iterator[Run]:
+def _mesh(layout: Layout) -> Mesh:
+    """All devices, on the axes that the layout cuts weights over and one that repeats them."""
+    sizes = layout.mesh_axes
+    return Mesh(np.array(jax.devices()[:DEVICES]).reshape(-1, *sizes.values()), ("data", *sizes))
+
+
+def runs(models: list[str], engine: str) -> Iterator[Run]:
     """Converts each model for tp 1, 2, 4 and 8 on eight devices.
 
     Args:
         models: MaxText's names of shipped trees; none for those of a usual run.
+        engine: One of `ENGINES`.
 
     Raises:
         ConfigError: A model is not shipped.
     """
     devices = np.array(jax.devices()[:DEVICES])
-    chosen = [(model, [_shipped(model, tp) for tp in TENSOR_PARALLEL]) for model in models or _USUAL]
+    chosen = [(model, [_shipped(model, tp, engine) for tp in TENSOR_PARALLEL]) for model in models or _USUAL]
     for model, cases in chosen:
         tree, _ = cases[0]
         params = {path: _fsdp(leaf, Mesh(devices, ("fsdp",))) for path, leaf in tree.fill().items()}
         for tp, (_, golden) in zip(TENSOR_PARALLEL, cases, strict=True):
-            mesh = Mesh(devices.reshape(-1, tp), ("data", "model"))
+            mesh = _mesh(golden.layout)
             start = time.perf_counter()
             converter = converter_for(tree.config, layout=golden.layout, mesh=mesh)
             weights = jax.block_until_ready(converter.convert(params))
             seconds = time.perf_counter() - start
-            yield Run(model, tp, _ENGINE, compare(weights, golden), seconds)
+            yield Run(model, tp, ENGINES[engine], compare(weights, golden), seconds)
 
 
 def _fsdp(leaf: np.ndarray, mesh: Mesh) -> jax.Array:
