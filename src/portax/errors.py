@@ -1,4 +1,4 @@
-"""Every error portax raises on purpose derives from `PortaxError`."""
+"""The errors of portax. Each one that is raised on purpose derives from `PortaxError`."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -6,11 +6,27 @@ from typing import Any
 
 
 class PortaxError(Exception):
-    """Base of all portax errors: catch this one to catch them all."""
+    """Base of all portax errors: catch this one to catch them all.
+
+    Example:
+        >>> try:
+        ...     weights = converter.convert({"decoder/decoder_norm/scale": np.ones(64, np.float32)})
+        ... except portax.PortaxError as error:
+        ...     print(type(error).__name__)
+        PlanError
+    """
 
 
 class ConfigError(PortaxError, ValueError):
-    """A model configuration that is incomplete, contradictory, or of an unknown family."""
+    """A model configuration that is incomplete, contradictory, or of an unknown family. The message names every field.
+
+    Example:
+        >>> portax.read_config({"decoder_block": "qwen3", "vocab_size": 256})
+        Traceback (most recent call last):
+        portax.errors.ConfigError: not a usable model configuration:
+          num_decoder_layers: missing (MaxText's key is base_num_decoder_layers)
+          ...
+    """
 
 
 class LayoutError(PortaxError, ValueError):
@@ -19,6 +35,11 @@ class LayoutError(PortaxError, ValueError):
     Attributes:
         expected: What could be held instead; None: sizes that the layout can cut.
         cause: The usual cause, as a hint; None: the tensor-parallel size.
+
+    Example:
+        >>> portax.layouts.TpuInference(version="0.19", tp=4)
+        Traceback (most recent call last):
+        portax.errors.LayoutError: ...
     """
 
     def __init__(self, message: str, *, expected: str | None = None, cause: str | None = None):
@@ -28,7 +49,7 @@ class LayoutError(PortaxError, ValueError):
 
 
 class QuantizationError(LayoutError):
-    """An engine that quantises in a way that does not exist, was not run, or computes wrong."""
+    """An engine quantises in a way that does not exist, that no engine was run with, or that computes wrong results."""
 
     def __init__(self, message: str):
         super().__init__(
@@ -39,27 +60,48 @@ class QuantizationError(LayoutError):
 
 
 class SyncError(PortaxError, RuntimeError):
-    """A sync that cannot start, or whose result is not what the trainer holds."""
+    """A sync cannot start, or its result is not what the trainer holds. `WeightSync.torn` tells what it left behind.
+
+    Example:
+        >>> sync = portax.WeightSync(converter, converter.convert(params))
+        >>> try:
+        ...     report = sync(params)
+        ... except portax.SyncError:
+        ...     print(sync.torn)
+    """
 
 
 class ValidationError(PortaxError, ValueError):
-    """A validation that cannot be run as it was asked for, or an engine that did not take the weights."""
+    """A validation cannot be run as asked, or the engine did not take the weights."""
 
 
 class MissingPackageError(PortaxError, ImportError):
-    """An integration whose packages are not installed."""
+    """The packages of an integration are not installed. The message names the extra that installs them.
+
+    Example:
+        >>> try:
+        ...     from portax.integrations import tunix
+        ... except portax.MissingPackageError:
+        ...     tunix = None
+    """
 
 
 class CheckpointError(PortaxError, ValueError):
-    """A checkpoint that cannot be read as what it should be, or cannot be written."""
+    """A checkpoint cannot be read, is not of the expected kind, or cannot be written.
+
+    Example:
+        >>> portax.open_checkpoint("nowhere")
+        Traceback (most recent call last):
+        portax.errors.CheckpointError: nowhere: there is no such checkpoint
+    """
 
 
 class GoldenError(PortaxError, ValueError):
-    """A golden, tree or weights file that cannot be read as what it should be."""
+    """A golden, a dumped tree or a weights file cannot be read, or is not of the expected kind."""
 
 
 class ReportError(PortaxError, ValueError):
-    """A page that cannot be written: another file has its name, or the disk is full."""
+    """A page cannot be written: another file has its name, or the disk is full."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +113,10 @@ class Problem:
         found: What is there.
         expected: What should be there, and who says so.
         cause: The usual cause, as a hint.
+
+    Example:
+        >>> print(portax.Problem("decoder_norm/scale", "shape [3]", "[64]", "the config is of another size"))
+        decoder_norm/scale: found shape [3]; expected [64]. Likely cause: the config is of another size
     """
 
     leaf: str
@@ -87,7 +133,14 @@ class PlanError(PortaxError, ValueError):
 
     Attributes:
         problems: Each problem found, in the order of the tree.
-        plan: The `Plan` that was made all the same, to be shown and not to be carried out; None if there is none.
+        plan: The `Plan` that was made all the same, to show and not to run; None if there is none.
+
+    Example:
+        >>> try:
+        ...     converter.plan({**params, "decoder/lora_a": np.ones(3, np.float32)})
+        ... except portax.PlanError as error:
+        ...     print(error.problems[0].leaf)
+        decoder/lora_a
     """
 
     def __init__(self, problems: Iterable[Problem], plan: Any = None):

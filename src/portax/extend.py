@@ -1,4 +1,4 @@
-"""What authors of model families and of layouts import: `from portax.extend import PlainDecoder, blocks`.
+"""Names for authors of model families and of layouts: `from portax.extend import PlainDecoder, blocks`.
 
 A family is one class in one file, a subclass of `PlainDecoder` or of `BaseConverter`; see docs/add-a-model.md. A layout
 is a subclass of `Layout`; see docs/add-an-engine.md.

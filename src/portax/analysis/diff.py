@@ -73,7 +73,9 @@ def diff(
         CheckpointError: A side cannot be read, or holds a shape where there should be values.
 
     Example:
-        >>> print(portax.diff(portax.open_checkpoint("1000/items"), portax.open_checkpoint("2000/items")))
+        >>> found = portax.diff(portax.open_checkpoint("checkpoint"), params)
+        >>> found.equal
+        True
     """
     states = [param_tree.read(tree) for tree in (a, b)]
     rooted = bool({*states[0].rooted} & {*states[1].rooted})

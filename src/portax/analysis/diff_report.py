@@ -65,6 +65,12 @@ class Diff(Report):
         leaves: Every leaf of either, in A's order; then those that only B has.
         values: Whether values were compared; else names, shapes and dtypes alone.
         beside: Why a leaf that only one side has is no difference, by its name; such leaves are not among `leaves`.
+
+    Example:
+        >>> changed = {**params, "decoder/decoder_norm/scale": np.zeros(64, np.float32)}
+        >>> found = portax.diff(params, changed)
+        >>> [leaf.name for leaf in found.leaves if leaf.differences]
+        ['decoder/decoder_norm/scale']
     """
 
     a: str

@@ -102,7 +102,9 @@ def export(
         CheckpointError: The folder exists or cannot be written, there is no space for it, or `params` cannot be read.
 
     Example:
-        >>> portax.export(converter, portax.open_checkpoint("checkpoints/1000/items"), "qwen3-8b-hf")
+        >>> hub = portax.converter_for(config, layout=portax.layouts.HuggingFace())
+        >>> portax.export(hub, portax.open_checkpoint("checkpoint"), "qwen3-hf").shards
+        1
     """
     start = time.perf_counter()
     bucket_bytes, shard_bytes = byte_count("bucket_bytes", bucket_bytes), byte_count("shard_bytes", shard_bytes)

@@ -84,8 +84,9 @@ def import_checkpoint(
             Orbax is not installed.
 
     Example:
-        >>> converter = portax.converter_for("qwen3-8b.yml", layout=portax.layouts.HuggingFace())
-        >>> portax.import_checkpoint(converter, portax.open_checkpoint("Qwen3-8B"), "qwen3-8b-maxtext")
+        >>> hub = portax.converter_for(config, layout=portax.layouts.HuggingFace())
+        >>> portax.import_checkpoint(hub, hub.convert(params), "qwen3-maxtext").items
+        'qwen3-maxtext/items'
     """
     start = time.perf_counter()
     folder = pathlib.Path(folder)

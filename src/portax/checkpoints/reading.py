@@ -1,4 +1,4 @@
-"""`Checkpoint`: a trainer's parameters on disk, planned from their metadata, read as a conversion needs them."""
+"""`Checkpoint`: a trainer's parameters on disk, planned from their metadata and read as a conversion needs them."""
 
 import dataclasses
 import json
@@ -29,6 +29,12 @@ class Checkpoint(Mapping[str, LazyArray]):
         leaves: The parameters by path, e.g. `base/decoder/decoder_norm/scale`.
         others: What is no parameter, by path: optimizer state, step, random state.
         identity: Digest that changes when the checkpoint is written again.
+
+    Example:
+        >>> checkpoint = portax.open_checkpoint("checkpoint")
+        >>> checkpoint["decoder/decoder_norm/scale"].shape
+        (64,)
+        >>> weights = converter.convert(checkpoint)
     """
 
     path: str
@@ -47,7 +53,7 @@ class Checkpoint(Mapping[str, LazyArray]):
         return iter(self.leaves)
 
     def __len__(self) -> int:
-        """How many parameters there are."""
+        """Number of parameters."""
         return len(self.leaves)
 
     @property
@@ -73,7 +79,7 @@ def open_checkpoint(path: str | os.PathLike, *, scratch: str | os.PathLike | Non
         CheckpointError: There is none, or it is incomplete, of a kind that is not read, or without parameters.
 
     Example:
-        >>> converter.plan(portax.open_checkpoint("gs://run/checkpoints/1000/items"))
+        >>> plan = converter.plan(portax.open_checkpoint("checkpoint"))  # or "gs://run/checkpoints/1000/items"
     """
     files = _open(os.fspath(path), Scratch(scratch))
     arrays = {tuple(path.split("/")): leaf for path, leaf in files.leaves.items() if isinstance(leaf, LazyArray)}

@@ -32,7 +32,7 @@ class Axis:
     """The size of one axis: a sum of products.
 
     Attributes:
-        terms: What it is the sum of.
+        terms: The products that are added.
     """
 
     terms: tuple[Term, ...]
@@ -46,7 +46,7 @@ class Axis:
         return sum(term.number * math.prod(of(name) for name in term.names) for term in self.terms)
 
     def has_factor(self, name: str) -> bool:
-        """Whether the size is a multiple of this field."""
+        """Tells whether the size is a multiple of this field."""
         return all(name in term.names for term in self.terms)
 
 

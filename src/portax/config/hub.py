@@ -12,32 +12,37 @@ DENSE = {
     "mlp_dim": "intermediate_size",
     "vocab_size": "vocab_size",
 }
-"""What most of the hub's decoders call the sizes of a `ModelConfig`."""
+"""The names that most of the hub's decoders have for the sizes of a `ModelConfig`."""
 
 EXPERTS = {"num_experts": "num_experts", "moe_mlp_dim": "moe_intermediate_size"}
-"""What most of the hub's mixtures of experts call theirs."""
+"""The names that most of the hub's mixtures of experts have for theirs."""
 
 
 def is_hub_config(source: Any) -> bool:
-    """Whether this is the content of a hub's `config.json`, and not a trainer's configuration."""
+    """Tells a hub's `config.json` from a trainer's configuration, by its content: True if it has a `model_type`.
+
+    Example:
+        >>> hub.is_hub_config({"model_type": "qwen3"}), hub.is_hub_config({"decoder_block": "qwen3"})
+        (True, False)
+    """
     return isinstance(source, Mapping) and "model_type" in source
 
 
 class HubConfig:
-    """The language model's part of a `config.json`, in one spelling, whichever version of transformers wrote it.
+    """The language model's part of a `config.json`, in one spelling for all versions of transformers.
 
     Attributes:
         model_type: The hub's name of the family.
-        problems: What has been found missing or unusable so far.
+        problems: Fields found missing or unusable so far, with the reason.
 
     Example:
-        >>> hub = HubConfig({"model_type": "qwen3", "hidden_size": 64})
-        >>> hub.sizes({"emb_dim": "hidden_size", "head_dim": "head_dim"}), hub.problems
+        >>> found = HubConfig({"model_type": "qwen3", "hidden_size": 64})
+        >>> found.sizes({"emb_dim": "hidden_size", "head_dim": "head_dim"}), found.problems
         ({'emb_dim': 64}, ['head_dim: missing from the hub config'])
     """
 
     def __init__(self, source: Mapping[str, Any]):
-        """Takes the content of a `config.json`; of a multimodal model, its `text_config` counts."""
+        """Reads the content of a `config.json`; of a multimodal model, its `text_config`."""
         text = _text(source)
         usable = {name: value for name, value in text.items() if value is None or isinstance(value, _kind(name))}
         self.problems = [f"{name}: {text[name]!r} is no {_WORDS[_kind(name)]}" for name in text if name not in usable]
@@ -53,7 +58,7 @@ class HubConfig:
         """Returns fields under MaxText's names, and notes those that are missing.
 
         Args:
-            names: What the hub calls each; see `DENSE`.
+            names: The hub's name of each; see `DENSE`.
         """
         found = {name: self.get(key) for name, key in names.items()}
         missing = [names[name] for name, value in found.items() if value is None]
@@ -61,7 +66,7 @@ class HubConfig:
         return {name: value for name, value in found.items() if value is not None}
 
     def expert_sizes(self) -> dict[str, Any]:
-        """Returns number and width of the experts, and notes if some layers have none."""
+        """Returns the number and width of the experts, and notes layers without experts as a problem."""
         if self.get("mlp_only_layers") or self.get("decoder_sparse_step", 1) != 1:
             self.problems.append(
                 "mlp_only_layers, decoder_sparse_step: MaxText has no model that mixes dense and MoE layers so"
@@ -74,9 +79,9 @@ class HubConfig:
         return self.sizes(EXPERTS)
 
     def attention_cycle(self) -> int | None:
-        """Returns after how many layers the last one has full attention; None where the hub does not say.
+        """Returns the number of layers after which full attention repeats; None if the hub does not say.
 
-        Layers that do not repeat so are noted.
+        Layers that do not repeat in this way are noted as a problem.
         """
         types, depth = self.get("layer_types"), self.get("num_hidden_layers")
         if types is None:
@@ -94,7 +99,7 @@ class HubConfig:
 
     @property
     def rope(self) -> Mapping[str, Any]:
-        """How rotary frequencies are scaled, with `rope_type`; empty where they are not."""
+        """The scaling of rotary frequencies, with `rope_type`; empty if they are not scaled."""
         found = dict(self.get("rope_parameters") or self.get("rope_scaling") or {})
         if "type" in found:
             found.setdefault("rope_type", found["type"])
@@ -110,7 +115,7 @@ def _text(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _one_spelling(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The same config without the spellings that transformers has had since 5.20, and with what it leaves unsaid."""
+    """Returns the fields in the spelling before transformers 5.20, with what newer versions leave out filled in."""
     found = dict(fields)
     if found.get("num_experts") is None and "num_local_experts" in found:
         found["num_experts"] = found["num_local_experts"]
@@ -123,7 +128,7 @@ def _one_spelling(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _full_attention(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What `per_layer_config` has for a layer of full attention; empty where it has nothing."""
+    """Returns the entry of `per_layer_config` for a layer of full attention; empty if there is none."""
     full = [str(number) for number, kind in enumerate(fields.get("layer_types") or []) if kind == "full_attention"]
     special = fields.get("per_layer_config") or {}
     found: Any = next((special[number] for number in full if number in special), {})
@@ -131,7 +136,7 @@ def _full_attention(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _kind(name: str) -> Any:
-    """What a field must be whose parts are read; any other value is for `ModelConfig` to check."""
+    """Returns the type that a field must have, if its parts are read here; `ModelConfig` checks all others."""
     return _KINDS.get(name, object)
 
 

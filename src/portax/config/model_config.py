@@ -1,4 +1,4 @@
-"""`ModelConfig`: what a converter must know of a model, from whatever the caller has."""
+"""`ModelConfig`: the sizes and switches of a model, read from whatever configuration the caller has."""
 
 import dataclasses
 import enum
@@ -25,7 +25,7 @@ class ModelConfig:
 
     Attributes:
         decoder_block: MaxText's name of the decoder, e.g. `qwen3_moe` or `gemma4`.
-        num_decoder_layers: Layers.
+        num_decoder_layers: Number of layers.
         emb_dim: Width of the residual stream.
         num_query_heads: Query heads per layer.
         num_kv_heads: KV heads per layer.
@@ -36,16 +36,16 @@ class ModelConfig:
         moe_mlp_dim: Width of one routed expert.
         padded_base_moe_mlp_dim: Width to which the trainer pads routed experts with zeros; 0 without.
         shared_experts: Experts that every token goes through, beside the routed ones.
-        logits_via_embedding: Whether the output projection is the embedding table (tied embeddings).
-        attention_bias: Whether the query, key and value projections have biases.
+        logits_via_embedding: True if the output projection is the embedding table (tied embeddings).
+        attention_bias: True if the query, key and value projections have biases.
         rope_type: `llama3.1` where a head's rotary pairs are interleaved.
         inhomogeneous_layer_cycle_interval: Layers after which the kinds of layer repeat; 1 where the config does not
             tell, as MaxText's Gemma configs do not.
         global_head_dim: Width of one head in global-attention layers; 0 if it is `head_dim`.
         global_num_kv_heads: KV heads of global-attention layers; 0 if they are `num_kv_heads`.
-        share_kv_projections: Whether global-attention layers use their keys as values.
-        num_kv_shared_layers: How many of the last layers use the keys and values of earlier ones.
-        use_double_wide_mlp: Whether the layers without keys and values of their own have an MLP of twice the width.
+        share_kv_projections: True if global-attention layers use their keys as values.
+        num_kv_shared_layers: Number of layers, at the end, that use the keys and values of earlier ones.
+        use_double_wide_mlp: True if layers without keys and values of their own have an MLP of twice the width.
         hidden_size_per_layer_input: Width of the per-layer embeddings; 0 without them.
         vocab_size_per_layer_input: Rows of the per-layer embeddings.
         gdn_num_key_heads: Key heads of a gated delta net.
@@ -53,9 +53,13 @@ class ModelConfig:
         gdn_key_head_dim: Width of one of its key heads.
         gdn_value_head_dim: Width of one of its value heads.
         gdn_conv_kernel_dim: Taps of its convolution.
-        use_multimodal: Whether the trainer has encoders of other modalities, which are not converted.
+        use_multimodal: True if the trainer has encoders of other modalities, which are not converted.
         param_scan_axis: Axis on which MaxText stacks scanned layers.
         rollout_tensor_parallelism: Tensor parallelism of the rollout engine, where the trainer's config states it.
+
+    Example:
+        >>> portax.ModelConfig.of(config).size("num_kv_heads*head_dim")
+        32
     """
 
     decoder_block: str
@@ -100,7 +104,7 @@ class ModelConfig:
 
         Args:
             source: A `ModelConfig`; a MaxText config object; a mapping in MaxText's keys; or the path of a MaxText
-                model YAML. A hub `config.json` is a model family's to read: see `portax.read_config`.
+                model YAML. For a hub `config.json` use `portax.read_config`.
 
         Returns:
             The configuration.
@@ -109,7 +113,8 @@ class ModelConfig:
             ConfigError: Fields are missing, of the wrong kind, or contradict each other; the message names all.
 
         Example:
-            >>> ModelConfig.of(portax.config.shipped.config_path("qwen3-8b")).emb_dim
+            >>> from portax.config.shipped import config_path
+            >>> portax.ModelConfig.of(config_path("qwen3-8b")).emb_dim
             4096
         """
         if isinstance(source, cls):
@@ -153,12 +158,12 @@ class ModelConfig:
 
     @property
     def gdn_key_dim(self) -> int:
-        """Width of all key heads of a gated delta net."""
+        """Total width of the key heads of a gated delta net."""
         return self.gdn_num_key_heads * self.gdn_key_head_dim
 
     @property
     def gdn_value_dim(self) -> int:
-        """Width of all value heads of a gated delta net."""
+        """Total width of the value heads of a gated delta net."""
         return self.gdn_num_value_heads * self.gdn_value_head_dim
 
 
@@ -170,7 +175,7 @@ class _Field:
 
 
 def _fields(of: type[ModelConfig]) -> Mapping[str, _Field]:
-    """The fields of a class, in order; its annotations may be text, as in a plug-in with postponed ones."""
+    """The fields of a class, in order. Its annotations may be text, as in a plug-in with postponed ones."""
     kinds = typing.get_type_hints(of)
     return {field.name: _field(field, kinds[field.name]) for field in dataclasses.fields(of)}
 
@@ -229,7 +234,7 @@ def _violations(of: type[ModelConfig], values: Mapping[str, Any]) -> list[str]:
 
 
 def _violation(name: str, field: _Field, value: Any) -> str | None:
-    """What is wrong with one value; those of kinds that only a plug-in has are its own to check."""
+    """Says what is wrong with one value; fields of other kinds, which only plug-ins have, are theirs to check."""
     if value is None and type(None) in typing.get_args(field.kind):
         return None
     if field.kind in (bool, str):
@@ -247,7 +252,9 @@ def _message(problems: list[str]) -> str:
 
 
 def reader(source: Any) -> Callable[[str], Any]:
-    """What reads a trainer's configuration by MaxText's keys, also those that a `ModelConfig` has not; None if absent.
+    """Returns a function that reads a trainer's configuration by MaxText's keys, also keys that `ModelConfig` lacks.
+
+    The function returns None for a key that is absent.
 
     Args:
         source: A MaxText config object, a mapping, or the path of a YAML or JSON.

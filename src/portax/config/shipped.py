@@ -1,4 +1,4 @@
-"""Files that ship with portax: model configurations, and what other wings have beside them."""
+"""Files that ship with portax: model configurations, and the folders of other wings."""
 
 import difflib
 import importlib.resources
@@ -26,7 +26,7 @@ def config_path(model: str) -> pathlib.Path:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What to say of a name that is not known: those that are spelled much like it, and all that there are."""
+    """Returns a hint for an unknown name: names that are spelled alike, and all known names."""
     known = [*known]
     close = difflib.get_close_matches(name.lower(), known)
     question = f"did you mean {' or '.join(close)}? " if close else ""

@@ -1,4 +1,4 @@
-"""`TrainerConfig`: a trainer's configuration, as a model family derives a hub `config.json` from it."""
+"""`TrainerConfig`: a trainer's configuration, read by a model family to derive a hub `config.json`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,15 +12,20 @@ SILU, GELU = ["silu", "linear"], ["gelu", "linear"]
 
 UNSCALED_ROPE = {"rope_type": ("default", ""), "rope_linear_scaling_factor": (1,)}
 WHOLE_ROPE = {**UNSCALED_ROPE, "partial_rotary_factor": (1,)}
-"""For `TrainerConfig.same`: rotary frequencies are not scaled; and all of a head is rotated."""
+"""For `TrainerConfig.same`: rotary frequencies are not scaled; for the second, the whole head is rotated, too."""
 
 
 class TrainerConfig:
-    """A trainer's configuration; what it does not say, or a family's class on the hub does not have, is noted.
+    """A trainer's configuration, with a list of what keeps a `config.json` from being derived from it.
 
     Attributes:
-        config: The family's own reading of it.
-        problems: What has been noted so far.
+        config: The same as a `ModelConfig` of the family.
+        problems: Fields that are missing or have no place in the hub's config, with the reason.
+
+    Example:
+        >>> trainer = TrainerConfig({**config, "rope_max_timescale": 1_000_000}, portax.read_config(config))
+        >>> trainer.need("rope_max_timescale"), trainer.need("num_experts_per_tok"), trainer.problems
+        (1000000, None, ['num_experts_per_tok: missing'])
     """
 
     def __init__(self, source: Any, config: ModelConfig):
@@ -28,14 +33,14 @@ class TrainerConfig:
 
         Args:
             source: MaxText's config object, a mapping, or the path of a YAML or JSON, in MaxText's keys.
-            config: What `read_config` makes of it.
+            config: The result of `read_config` for it.
         """
         self.config = config
         self.problems: list[str] = []
         self._get = reader(source)
 
     def need(self, name: str) -> Any:
-        """Returns a number on which the results depend: it has no default here, so that it is missing is noted."""
+        """Returns a number on which results depend. There is no default: a missing number is noted as a problem."""
         value = _number(self._get(name))
         if value is None:
             self.problems.append(f"{name}: missing")
@@ -46,7 +51,7 @@ class TrainerConfig:
         return value
 
     def same(self, **fields: Any) -> None:
-        """Notes fields that have none of the values which the family's class on the hub stands for."""
+        """Notes as a problem each field whose value is none of those that the hub's model class stands for."""
         for name, values in fields.items():
             value = _number(self._get(name))
             if value is not None and value not in values:
@@ -56,12 +61,12 @@ class TrainerConfig:
         """Returns sizes under the hub's names.
 
         Args:
-            names: What the hub calls each; see `portax.config.hub.DENSE`.
+            names: The hub's name of each; see `portax.config.hub.DENSE`.
         """
         return {key: getattr(self.config, name) for name, key in names.items()}
 
     def layer_types(self, kind: str, period: int) -> list[str]:
-        """Returns the hub's `layer_types`: of this kind, and full attention in the last layer of every period."""
+        """Returns the hub's `layer_types`: `kind`, with full attention in the last layer of every period."""
         depth = self.config.num_decoder_layers
         return ([kind] * (period - 1) + ["full_attention"]) * (depth // period) + [kind] * (depth % period)
 
@@ -91,7 +96,7 @@ class TrainerConfig:
         }
 
     def finish(self, derived: dict[str, Any]) -> dict[str, Any]:
-        """Returns what was derived.
+        """Returns the derived config, if nothing was noted.
 
         Raises:
             ConfigError: Something was noted.
@@ -103,7 +108,7 @@ class TrainerConfig:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-6` as a string."""
+    """Returns a float for text that spells one: YAML 1.1 reads `1e-6` as a string."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

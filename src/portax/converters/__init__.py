@@ -1,4 +1,4 @@
-"""Converters, one file for each model family, and the choice between them."""
+"""Converters, one file for each model family, and the functions that choose among them."""
 
 from portax.converters.gemma3 import Gemma3Converter
 from portax.converters.gemma4 import Gemma4Converter

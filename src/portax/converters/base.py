@@ -39,27 +39,32 @@ class BaseConverter(abc.ABC):
 
     `convert` is the pipeline: the global weights, then of every layer its attention, its norms, and its MLP or MoE.
     The hooks say what each weight *is*: each sees one layer, unscanned, or the model outside its layers, and returns
-    blocks. They know no scan axis, no tensor parallelism, no padding and no engine: how an engine holds a block is the
-    layout's business.
+    blocks. They know no scan axis, no tensor parallelism, no padding and no engine: the layout decides how an engine
+    holds a block.
 
-    A family is one class in one file: the hooks, what MaxText and the hub call the family, and how a hub `config.json`
-    is read and derived. Most derive from `PlainDecoder`.
+    A family is one class in one file: the hooks, the names that MaxText and the hub have for it, and the methods that
+    read and derive a hub `config.json`. Most derive from `PlainDecoder`.
 
     Attributes:
         decoder_blocks: MaxText's `decoder_block` values that this class converts.
         hub_types: The hub's `model_type` values that this class reads; of a multimodal model, those of its text part.
-        config_class: The class of its configuration, where it needs fields that `ModelConfig` does not have.
+        config_class: The class of its configuration, for a family that needs more fields than `ModelConfig` has.
         required: Config fields that must be set for this family.
-        default_module_prefix: What the engine's usual model class wraps its language model in.
-        scan_pattern: How MaxText stacks the layers; None if it never does.
-        starts_with_bos: Whether every prompt of this family begins with its `<bos>`; without, it generates nonsense.
+        default_module_prefix: The module around the language model in the engine's usual model class.
+        scan_pattern: The way MaxText stacks the layers; None if it never does.
+        starts_with_bos: True if every prompt must begin with `<bos>`; without it the model generates nonsense.
         config: The model's configuration.
-        layout: How the engine holds weights.
-        mesh: Where results go; None leaves them where they were computed.
-        module_prefix: What this engine's model class wraps its language model in, e.g. `language_model.`.
-        strict_dtype: Whether a cast that loses precision is an error.
-        by_structure: Whether the hooks return the trainer's leaves as they are, of any decoder.
-        leave: Patterns of `fnmatch` for whole paths of the trainer's leaves that are left out, such as a vision tower.
+        layout: The engine's layout of weights.
+        mesh: The mesh that results go to; None leaves them where they were computed.
+        module_prefix: The module around the language model in this engine's model class, e.g. `language_model.`.
+        strict_dtype: True makes a cast that loses precision an error.
+        by_structure: True if the hooks return the trainer's leaves as they are, of any decoder.
+        leave: Patterns of `fnmatch` for whole paths of the trainer's leaves to leave out, such as a vision tower.
+
+    Example:
+        >>> weights = converter.convert(params)
+        >>> weights["vllm_model.model.layers.0.mlp.down_proj.weight"].shape
+        (128, 64)
     """
 
     decoder_blocks: ClassVar[tuple[str, ...]] = ()
@@ -85,13 +90,13 @@ class BaseConverter(abc.ABC):
 
         Args:
             config: Anything that `read_config` reads.
-            mesh: Where results go.
-            layout: How the engine holds weights; None reads it off `config.rollout_tensor_parallelism` and the
+            mesh: The mesh that results go to.
+            layout: The engine's layout of weights; None reads it off `config.rollout_tensor_parallelism` and the
                 installed tpu-inference.
-            module_prefix: None for `default_module_prefix`.
-            strict_dtype: Whether a cast that loses precision is an error.
-            leave: Patterns of `fnmatch` for whole paths of leaves that the engine has no place for and that are left
-                out, e.g. `("*/vision_encoder/*",)`; plans and reports list them.
+            module_prefix: The module around the language model; None for `default_module_prefix`.
+            strict_dtype: True makes a cast that loses precision an error.
+            leave: Patterns of `fnmatch` for whole paths of leaves to leave out, because the engine has no place for
+                them, e.g. `("*/vision_encoder/*",)`; plans and reports list them.
 
         Raises:
             ConfigError: The configuration is not usable for this family, or `leave` is no sequence of patterns.
@@ -133,45 +138,45 @@ class BaseConverter(abc.ABC):
         """Returns the router and the experts of a mixture of experts."""
 
     def layer_blocks(self, layer: LayerParams) -> Blocks:
-        """Returns all of one layer."""
+        """Returns all blocks of one layer."""
         feed_forward = self.moe(layer) if self.config.num_experts > 1 else self.mlp(layer)
         return (*self.attention(layer), *self.norms(layer), *feed_forward)
 
     def layer_cycle(self, found: Sequence[scan.LayerSlice]) -> tuple[scan.LayerTypes, ...]:
-        """Returns what sets each layer apart, up to where it repeats; by default all layers are the same.
+        """Returns the types of each layer, up to where they repeat; by default all layers are the same.
 
         Args:
-            found: The layers of the trainer's tree, for what no config says; none when planning without a tree.
+            found: The layers of the trainer's tree, if the config does not say enough; empty when planning without.
         """
         return (frozenset(),)
 
     def layer_types(self, found: Sequence[scan.LayerSlice], depth: int) -> list[scan.LayerTypes]:
-        """Returns what sets each of the first `depth` layers apart."""
+        """Returns the types of each of the first `depth` layers."""
         return list(itertools.islice(itertools.cycle(self.layer_cycle(found)), depth))
 
     @property
     def architecture(self) -> str | None:
-        """The hub's name of the model class, for engines that hold each class in a way of its own; None if unknown."""
+        """The hub's name of the model class, for engines with a layout of their own for each class; None if unknown."""
         return None
 
     @property
     def native_model(self) -> NativeModel | None:
-        """How the engine's native JAX model of this class holds weights (`FlaxNnx`); None without one that was run."""
+        """The way the engine's native JAX model of this class holds weights, for `FlaxNnx`; None if none was run."""
         return None
 
     def check_config(self) -> None:  # noqa: B027
-        """Raises a `ConfigError` for what this family cannot convert; `required` fields are set."""
+        """Raises a `ConfigError` if this family cannot convert the model. `required` fields are already set."""
 
     @classmethod
     def reads_hub(cls, hub: HubConfig) -> bool:
-        """Whether a hub `config.json` is of this family; by default its `model_type` decides."""
+        """Tells whether a hub `config.json` is of this family; by default its `model_type` decides."""
         return hub.model_type in cls.hub_types
 
     @classmethod
     def from_hub(cls, hub: HubConfig) -> dict[str, Any]:
-        """Returns the fields of `config_class` that a hub `config.json` tells; by default a dense model's.
+        """Returns the fields of `config_class` that a hub `config.json` gives; by default those of a dense model.
 
-        What is missing or has no place in MaxText is noted in `hub.problems`.
+        Fields that are missing or have no place in MaxText are noted in `hub.problems`.
         """
         return {
             "decoder_block": cls.decoder_blocks[0],
@@ -181,12 +186,12 @@ class BaseConverter(abc.ABC):
 
     @classmethod
     def to_hub(cls, trainer: TrainerConfig) -> dict[str, Any]:
-        """Returns the hub `config.json` of a model; by default refuses.
+        """Returns the hub `config.json` of a model; by default it refuses.
 
-        Nothing that results depend on may be guessed: what the trainer's configuration does not say, `trainer` notes.
+        Guess nothing on which results depend: `trainer` notes what the trainer's configuration does not say.
 
         Raises:
-            ConfigError: None is derived for this family.
+            ConfigError: This family has no derivation.
         """
         raise ConfigError(f"no config.json is derived for decoder_block={trainer.config.decoder_block!r}")
 
@@ -215,18 +220,18 @@ class BaseConverter(abc.ABC):
     def plan(
         self, params: Params, target: Mapping[str, Any] | None = None, *, strict_dtype: bool | None = None
     ) -> Plan:
-        """What `convert` would write from what; no weight is touched, no memory spent.
+        """Plans a conversion: every leaf that `convert` would write, and its sources. Reads no weight.
 
         Args:
-            params: What the trainer hands over, or the same with `jax.ShapeDtypeStruct` leaves.
+            params: As for `convert`, or the same tree with `jax.ShapeDtypeStruct` leaves.
             target: A live engine's state (names, shapes, dtypes, shardings) to check the plan against.
-            strict_dtype: Whether a cast that loses precision is an error; None for the converter's own setting.
+            strict_dtype: True makes a cast that loses precision an error; None for the converter's own setting.
 
         Returns:
             The plan; printed, it is a table.
 
         Raises:
-            PlanError: Anything is missing, left over, of another shape or kind. Names everything at once.
+            PlanError: Leaves are missing, left over, or of another shape or dtype. Lists all of them.
         """
         tree = self.read(params)
         strict = self.strict_dtype if strict_dtype is None else strict_dtype
@@ -236,13 +241,14 @@ class BaseConverter(abc.ABC):
         return make_plan(self._hooks, self.module_prefix, tree, self.groups(tree), target=target, strict_dtype=strict)
 
     def read(self, params: Params) -> ParamTree:
-        """The trainer's parameters as a flat mapping, without those that are to be left out.
+        """Reads the trainer's parameters as a flat mapping, without those that `leave` names.
 
         Args:
             params: As for `plan`.
 
         Raises:
-            PlanError: This is no tree of arrays, there are others beside it, or a pattern of `leave` matches nothing.
+            PlanError: `params` is no tree of arrays, has unknown arrays beside the parameters, or a pattern of `leave`
+                matches nothing.
         """
         tree = param_tree.read(params, self.leave)
         param_tree.refuse_strangers(tree)
@@ -250,27 +256,27 @@ class BaseConverter(abc.ABC):
 
     @in_own_context
     def plan_into(self, target: Mapping[str, Any]) -> Plan:
-        """What a sync into this engine writes, planned without a trainer's tree: of the one that the config implies.
+        """Plans a sync into a live engine without a trainer's tree: the configuration implies one.
 
         Args:
             target: The live engine's state, as for `plan`.
 
         Raises:
             PlanError: As `plan`.
-            ConfigError: The configuration does not say enough for that.
+            ConfigError: The configuration does not say enough for a plan.
         """
         return self.plan(param_tree.read(self.expected_tree()), target)
 
     @in_own_context
     def convert(self, params: Params, *, strict_dtype: bool | None = None) -> Weights:
-        """All of the engine's weights.
+        """Converts all weights.
 
         The first call plans and compiles one program for each kind of layer; later calls compile nothing. Keep the
         converter: its programs go with it.
 
         Args:
             params: `nnx.State`, nested or flat mapping, FrozenDict, a whole train state, a checkpoint; scanned or not.
-            strict_dtype: Whether a cast that loses precision is an error; None for the converter's own setting.
+            strict_dtype: True makes a cast that loses precision an error; None for the converter's own setting.
 
         Returns:
             The engine's leaves by full name, with the engine's shapes, dtypes and, on the converter's mesh, specs.
@@ -284,12 +290,12 @@ class BaseConverter(abc.ABC):
         return weights
 
     def stream(self, params: Params, *, bucket_bytes: int, only: Container[str] | None = None) -> Iterator[Weights]:
-        """The engine's weights in buckets, each converted when it is asked for.
+        """Converts the weights in buckets, each when it is asked for.
 
         Args:
             params: As for `convert`.
-            bucket_bytes: Bytes of one bucket; a leaf that is larger is a bucket of its own.
-            only: Names of the leaves that are wanted; None for all.
+            bucket_bytes: Bytes of one bucket; a larger leaf is a bucket of its own.
+            only: Names of the leaves to convert; None for all.
 
         Yields:
             Finished weights by name; every leaf comes once, in the order of the plan.
@@ -298,32 +304,41 @@ class BaseConverter(abc.ABC):
             ConfigError: `bucket_bytes` is no number of bytes.
             PlanError: As `plan`; before the first bucket.
             SyncError: A leaf of the trainer was freed, or donated to another program, between two buckets.
+
+        Example:
+            >>> sum(len(bucket) for bucket in converter.stream(params, bucket_bytes=2**16))
+            19
         """
         return self._buckets(params, byte_count("bucket_bytes", bucket_bytes), None, only)
 
     @in_own_context
     def restore(self, weights: Mapping[str, Any], *, scanned: bool = True, dtype: Any = None) -> dict[str, np.ndarray]:
-        """The trainer's tree that these tensors were, or would have been, converted from.
+        """Restores the trainer's tree from converted weights, such as a hub checkpoint.
 
         Args:
-            weights: What this converter's layout makes, by full name, such as the tensors of a hub checkpoint; read
+            weights: Weights in this converter's layout, by full name, such as the tensors of a hub checkpoint; read
                 layer by layer.
-            scanned: Whether layers are to be stacked.
+            scanned: True stacks the layers.
             dtype: Dtype of the leaves; None keeps that of the tensors.
 
         Returns:
-            Host arrays by path. Converted again they are the same weights. Leaves that a conversion scales or shifts
-            (embeddings of Gemma, some norms) are rounded once more; all others are bit for bit what was converted.
+            Host arrays by path, which convert to the same weights again. Leaves that a conversion scales or shifts
+            (Gemma's embeddings, some norms) are rounded once more; all others are equal bit for bit.
 
         Raises:
-            PlanError: A tensor is missing, left over, or of another shape or kind. Names everything at once.
+            PlanError: Tensors are missing, left over, or of another shape or dtype. Lists all of them.
             LayoutError: This layout does not hold every element exactly once, as the hub's does.
+
+        Example:
+            >>> hub = portax.converter_for(config, layout=portax.layouts.HuggingFace())
+            >>> portax.diff(params, hub.restore(hub.convert(params))).equal
+            True
         """
         return self.restoration(weights, scanned=scanned, dtype=dtype).tree()
 
     @in_own_context
     def restoration(self, weights: Mapping[str, Any], *, scanned: bool = True, dtype: Any = None) -> Restoration:
-        """A planned way back, to be carried out layer by layer, as `import_checkpoint` does.
+        """Plans a restoration, to run layer by layer, as `import_checkpoint` does.
 
         Args:
             weights: As for `restore`.
@@ -345,15 +360,19 @@ class BaseConverter(abc.ABC):
         dtype: Any = np.float32,
         partition: Callable[[Axes], Sharding] | None = None,
     ) -> dict[str, jax.ShapeDtypeStruct]:
-        """The trainer's tree that the configuration implies, for planning without one.
+        """Returns the trainer's tree that the configuration implies, for planning without one.
 
         Args:
-            scanned: Whether layers are stacked.
+            scanned: True stacks the layers.
             dtype: Dtype of every leaf.
-            partition: How a leaf is spread over devices, given its axes; see `logical_axes.partition`.
+            partition: Returns the sharding of a leaf, given its axes; see `logical_axes.partition`.
 
         Returns:
             Shapes by path.
+
+        Example:
+            >>> converter.expected_tree()["decoder/layers/mlp/wo/kernel"].shape  # [mlp, layers, embed]
+            (128, 2, 64)
         """
         depth = self.config.num_decoder_layers
         types = self.layer_types((), depth)
@@ -387,10 +406,10 @@ class BaseConverter(abc.ABC):
         self.check_config()
 
     def on(self, mesh: Mesh | None, *, config: ModelConfig | None = None) -> "BaseConverter":
-        """The same converter with results on another mesh, or for another size of the model.
+        """Returns the same converter for another mesh, or for another size of the model.
 
         Args:
-            mesh: Where results go.
+            mesh: The mesh that results go to.
             config: Another configuration; None for this one's.
 
         Raises:
@@ -407,7 +426,7 @@ class BaseConverter(abc.ABC):
 
     @in_own_context
     def conversion(self, params: Params, *, strict_dtype: bool | None = None) -> executor.Conversion:
-        """A planned conversion, to be carried out piece by piece, as `WeightSync` does.
+        """Plans a conversion, to run piece by piece, as `WeightSync` does.
 
         Args:
             params: As for `plan`.
@@ -449,7 +468,7 @@ class BaseConverter(abc.ABC):
         return [known[number] | self.layout.layer_types(number, self.module_prefix) for number in numbers]
 
     def _planned(self, tree: param_tree.ParamTree, strict: bool) -> tuple[Plan, tuple[scan.LayerGroup, ...]]:
-        """The plan of a tree and its groups; those of the last tree that was alike are taken again."""
+        """Returns the plan of a tree and its groups; a tree like the last one gets the same ones again."""
         leaves = tuple((path, tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in tree.leaves.items())
         signature = (strict, tree.root, tree.ignored, tree.left, leaves)
         if signature not in self._plans:

@@ -16,13 +16,17 @@ from portax.weights.scale_shift import ScaleShift
 
 @dataclasses.dataclass(frozen=True)
 class AttentionAxes:
-    """What the config calls the sizes of an attention layer.
+    """The config's names for the sizes of an attention layer.
 
     Attributes:
         kv_heads: The number of KV heads.
         head_dim: The width of a head.
         query_dim: The width of a query head, if a gate rides along; None for `head_dim`.
-        out: All axes of the output kernel, if heads and width are not apart; None if they are.
+        out: All axes of the output kernel, if it has heads and width on one axis; None if on two.
+
+    Example:
+        >>> AttentionAxes(query_dim="2*head_dim").kv_heads  # a gate rides along with the queries
+        'num_kv_heads'
     """
 
     kv_heads: str = "num_kv_heads"
@@ -38,9 +42,15 @@ class Attention:
     Attributes:
         query: Kernel of the queries.
         key: Kernel of the keys.
-        value: Kernel of the values; None where the keys are the values, too.
-        output: Kernel of the way back.
-        bias: What is added to queries, keys and values: `[heads, dim]` each; empty without.
+        value: Kernel of the values; None if the keys are also the values.
+        output: Kernel of the output projection.
+        bias: Biases of queries, keys and values, `[heads, dim]` each; empty without.
+
+    Example:
+        >>> kernel = jnp.ones((64, 4, 16))
+        >>> read = Attention(kernel, kernel, None, jnp.ones((4, 16, 64)))
+        >>> [block.name for block in converter.attention_blocks(read)]
+        ['self_attn', 'self_attn.o_proj']
     """
 
     query: Shaped[Array, "in heads query_dim"]
@@ -54,28 +64,38 @@ class PlainDecoder(BaseConverter):
     """A decoder with one norm before attention and one before a gated MLP; a family overrides what differs.
 
     Attributes:
-        shared_head_module: Whether vLLM's model shares the embedding *module* with a tied output projection.
+        shared_head_module: True if vLLM's model shares the embedding *module* with a tied output projection.
+
+    Example:
+        >>> class MyConverter(PlainDecoder):
+        ...     decoder_blocks = ("my_decoder",)
+        ...
+        ...     def attention(self, layer):
+        ...         return self.grouped_query_attention(layer, "self_attention", norms=True)
+        >>> mine = MyConverter({**config, "decoder_block": "my_decoder"}, layout=layout)
+        >>> mine.expected_tree()["decoder/decoder_norm/scale"].shape
+        (64,)
     """
 
     shared_head_module: ClassVar[bool] = True
 
     @property
     def embedding_scale_shift(self) -> ScaleShift | None:
-        """How the hub's embedding follows from the trainer's; None if they are the same."""
+        """Makes the hub's embedding of the trainer's; None if they are the same."""
         return None
 
     @property
     def norm_scale_shift(self) -> ScaleShift | None:
-        """How the hub's norm weights follow from the trainer's; None if they are the same."""
+        """Makes the hub's norm weights of the trainer's; None if they are the same."""
         return None
 
     @property
     def query_scale_shift(self) -> ScaleShift | None:
-        """How the hub's queries follow from the trainer's; None if they are the same."""
+        """Makes the hub's queries of the trainer's; None if they are the same."""
         return None
 
     def global_weights(self, model: LayerParams) -> Blocks:
-        """Embedding, final norm and output projection."""
+        """Returns the embedding, the final norm and the output projection."""
         table = model.read("token_embedder/embedding", "vocab_size emb_dim", self.embedding_scale_shift)
         if self.config.logits_via_embedding:
             head: blocks.Block = blocks.TiedLMHead(table, to="embed_tokens", shared_module=self.shared_head_module)
@@ -84,34 +104,34 @@ class PlainDecoder(BaseConverter):
         return blocks.Embedding("embed_tokens", table), self.norm(model, "decoder/decoder_norm", "norm"), head
 
     def attention(self, layer: LayerParams) -> Blocks:
-        """Projections of one attention layer and the norms within it; by default grouped-query attention."""
+        """Returns the projections of one attention layer, and its norms; by default grouped-query attention."""
         return self.grouped_query_attention(layer, "self_attention")
 
     def norms(self, layer: LayerParams) -> Blocks:
-        """Norms around attention and MLP; by default one before each."""
+        """Returns the norms around attention and MLP; by default one before each."""
         return (
             self.norm(layer, "pre_self_attention_layer_norm", "input_layernorm"),
             self.norm(layer, "post_self_attention_layer_norm", "post_attention_layernorm"),
         )
 
     def mlp(self, layer: LayerParams) -> Blocks:
-        """A gated MLP."""
+        """Returns a gated MLP."""
         return self.gated_mlp(layer, "mlp", "mlp", width="mlp_dim")
 
     def moe(self, layer: LayerParams) -> Blocks:
-        """Router and experts of a mixture-of-experts layer."""
+        """Refuses mixtures of experts; a family with experts returns its router and experts."""
         raise ConfigError(
             f"num_experts={self.config.num_experts}: {type(self).__name__} converts no mixtures of experts"
         )
 
     def norm(self, layer: LayerParams, path: str, name: str, size: str = "emb_dim") -> blocks.Param:
-        """The weight of one norm.
+        """Returns the weight of one norm.
 
         Args:
             layer: The layer, or the model.
-            path: Where the trainer has it, e.g. `self_attention/query_norm`.
+            path: The trainer's path, e.g. `self_attention/query_norm`.
             name: Module name on the hub, e.g. `self_attn.q_norm`.
-            size: What the config calls its size.
+            size: The config's name of its size.
         """
         return blocks.Param(f"{name}.weight", layer.read(f"{path}/scale", size, self.norm_scale_shift))
 
@@ -124,16 +144,16 @@ class PlainDecoder(BaseConverter):
         shares_kv: bool = False,
         norms: bool = False,
     ) -> Blocks:
-        """One attention layer whose kernels are only reshaped; with biases, if the config has them.
+        """Returns an attention layer whose kernels are only reshaped; with biases, if the config has them.
 
-        Where one is moved, change what `read_attention` returns, and hand that to `attention_blocks`.
+        To move a kernel in another way, change the result of `read_attention` and pass it to `attention_blocks`.
 
         Args:
             layer: The layer.
-            path: Where the trainer has it, e.g. `self_attention`.
-            axes: What the config calls its sizes.
-            shares_kv: Whether the keys are the values, too.
-            norms: Whether queries and keys have norms, one for all heads.
+            path: The trainer's path, e.g. `self_attention`.
+            axes: The config's names of its sizes.
+            shares_kv: True if the keys are also the values.
+            norms: True if queries and keys have norms, one for all heads.
         """
         found = self.attention_blocks(self.read_attention(layer, path, axes, shares_kv=shares_kv))
         return (*found, *self.query_key_norms(layer, path, axes.head_dim)) if norms else found
@@ -141,16 +161,16 @@ class PlainDecoder(BaseConverter):
     def read_attention(
         self, layer: LayerParams, path: str, axes: AttentionAxes = AttentionAxes(), *, shares_kv: bool = False
     ) -> Attention:
-        """Reads the weights of one attention layer, the queries scaled as the hub's are.
+        """Reads the weights of one attention layer, with the queries scaled as the hub's are.
 
         Args:
             layer: The layer.
-            path: Where the trainer has them.
-            axes: What the config calls their sizes.
-            shares_kv: Whether the keys are the values, too.
+            path: The trainer's path.
+            axes: The config's names of their sizes.
+            shares_kv: True if the keys are also the values.
 
         Raises:
-            ConfigError: Keys that are the values, too, have biases.
+            ConfigError: The keys are also the values, and have biases.
         """
         if shares_kv and self.config.attention_bias:
             raise ConfigError("attention_bias=True with keys that are the values, too: no such model was run")
@@ -173,7 +193,7 @@ class PlainDecoder(BaseConverter):
         )
 
     def attention_blocks(self, read: Attention, name: str = "self_attn") -> Blocks:
-        """The projections of one attention layer.
+        """Returns the projections of one attention layer.
 
         Args:
             read: Their weights.
@@ -185,12 +205,12 @@ class PlainDecoder(BaseConverter):
         )
 
     def query_key_norms(self, layer: LayerParams, path: str, size: str = "head_dim", name: str = "self_attn") -> Blocks:
-        """The norms of queries and keys.
+        """Returns the norms of queries and keys.
 
         Args:
             layer: The layer.
-            path: Where the trainer has them, e.g. `self_attention`.
-            size: What the config calls their size.
+            path: The trainer's path, e.g. `self_attention`.
+            size: The config's name of their size.
             name: Module name on the hub.
         """
         return (
@@ -199,13 +219,13 @@ class PlainDecoder(BaseConverter):
         )
 
     def gated_mlp(self, layer: LayerParams, path: str, name: str, *, width: str) -> Blocks:
-        """A gated MLP, gate and up apart or pre-fused.
+        """Returns a gated MLP, from kernels of gate and up that are separate or fused.
 
         Args:
             layer: The layer.
-            path: Where the trainer has it, e.g. `mlp`.
+            path: The trainer's path, e.g. `mlp`.
             name: Module name on the hub.
-            width: What the config calls its width.
+            width: The config's name of its width.
         """
         if f"{path}/wi/kernel" in layer:
             gate, up = _halves(layer.read(f"{path}/wi/kernel", f"emb_dim 2 {width}"), axis=1)
@@ -227,15 +247,15 @@ class PlainDecoder(BaseConverter):
         hub_names: blocks.ExpertNames = blocks.EXPERT_NAMES,
         width: str = "moe_mlp_dim",
     ) -> blocks.FusedMoE:
-        """The routed experts below `path`, gate and up apart or pre-fused.
+        """Returns the routed experts below `path`, from kernels of gate and up that are separate or fused.
 
         Args:
             layer: The layer.
-            path: Where the trainer has them, e.g. `moe_block`.
+            path: The trainer's path, e.g. `moe_block`.
             name: Module name on the hub, e.g. `mlp.experts`.
-            hub: How the hub stores them; see `blocks.FusedMoE`.
-            hub_names: What the hub calls their matrices.
-            width: What the config calls the width of one.
+            hub: The form in which the hub stores them; see `blocks.FusedMoE`.
+            hub_names: The hub's names of their matrices.
+            width: The config's name of the width of one expert.
         """
         if f"{path}/wi" in layer:
             gate, up = jnp.split(layer.read(f"{path}/wi", f"num_experts emb_dim 2*{width}"), 2, axis=2)

@@ -46,7 +46,7 @@ class Gemma4SmallConverter(Gemma4Converter):
         return cycle[1:] if wide[:1] == [4] else cycle
 
     def plan_into(self, target: Mapping[str, Any]) -> Plan:
-        """Where the config does not tell the two apart, the engine does: one of them fits its leaves.
+        """Plans a sync without a trainer's tree. If the config leaves two forms open, the engine's leaves decide.
 
         Raises:
             PlanError: Neither fits; of the two, what the one that comes closer says.

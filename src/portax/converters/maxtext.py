@@ -24,7 +24,9 @@ class MaxTextConverter(PlainDecoder):
     leaf against the config.
 
     Example:
-        >>> portax.MaxTextConverter(config, layout=portax.layouts.MaxTextVllm(version="0.2.5", tp=4)).plan(params)
+        >>> layout = portax.layouts.MaxTextVllm(version="0.2.5", tp=4)
+        >>> portax.MaxTextConverter(config, layout=layout).plan(params).entries[0].name
+        'model.decoder.decoder_norm.scale'
     """
 
     by_structure = True

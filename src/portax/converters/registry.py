@@ -1,4 +1,4 @@
-"""All model families, portax's own and those that other packages register, and which of them a configuration is of."""
+"""The registry of model families: portax's own and those that other packages register."""
 
 import importlib.metadata
 from collections.abc import Sequence
@@ -45,18 +45,18 @@ def converter_for(
     strict_dtype: bool = False,
     leave: Sequence[str] = (),
 ) -> BaseConverter:
-    """The converter for a model, chosen by what its config says (`decoder_block`), never by the model's name.
+    """Returns the converter for a model, chosen by its config (`decoder_block`), never by the model's name.
 
-    An engine that runs MaxText's own model takes any decoder: one that no family is for goes by structure alone.
+    For an engine that runs MaxText's own model, a decoder that no family covers is converted by structure alone.
 
     Args:
         config: Anything that `read_config` reads: a MaxText config object, a mapping, a YAML or `config.json` path.
-        layout: How the engine holds weights; None reads it off `config.rollout_tensor_parallelism` and the installed
+        layout: The engine's layout of weights; None reads it off `config.rollout_tensor_parallelism` and the installed
             tpu-inference.
-        mesh: Where results go, partitioned as the layout says; None leaves them where they were computed.
-        module_prefix: What the engine's model class wraps its language model in; None for the family's usual one.
-        strict_dtype: Whether a cast that loses precision is an error.
-        leave: Patterns of `fnmatch` for whole paths of leaves that the engine has no place for and that are left out.
+        mesh: The mesh that results go to, partitioned by the layout; None leaves them where they were computed.
+        module_prefix: The module around the language model in the engine's class; None for the family's usual one.
+        strict_dtype: True makes a cast that loses precision an error.
+        leave: Patterns of `fnmatch` for whole paths of leaves to leave out, because the engine has no place for them.
 
     Returns:
         The converter.
@@ -66,7 +66,9 @@ def converter_for(
         LayoutError: There is no layout, or the mesh does not fit it.
 
     Example:
-        >>> portax.converter_for("qwen3-8b.yml", layout=portax.layouts.TpuInference(version="0.32", tp=4))
+        >>> layout = portax.layouts.TpuInference(version="0.32", tp=4)
+        >>> portax.converter_for(portax.config.shipped.config_path("qwen3-8b"), layout=layout).architecture
+        'Qwen3ForCausalLM'
     """
     config = read_config(config)
     options: dict[str, Any] = {"layout": layout, "module_prefix": module_prefix, "strict_dtype": strict_dtype}
@@ -106,8 +108,8 @@ def read_config(source: Any) -> ModelConfig:
 def derive_hub_config(source: Any) -> dict[str, Any]:
     """Returns the hub's `config.json` of a model, from its trainer's configuration.
 
-    Nothing that results depend on is guessed or takes a default: the configuration says it, or the family has no choice
-    there. What is no property of the weights (token ids, the longest context) is left to the defaults of whoever loads.
+    Nothing on which results depend is guessed or takes a default: the configuration says it, or the family leaves no
+    choice. Fields that are no property of the weights (token ids, the longest context) keep the loader's defaults.
 
     Args:
         source: MaxText's config object, a mapping, or the path of a YAML or JSON, in MaxText's keys.
@@ -116,8 +118,8 @@ def derive_hub_config(source: Any) -> dict[str, Any]:
         The content of a `config.json`, such as `export` takes as `hub_config`.
 
     Raises:
-        ConfigError: The configuration does not say enough, or has what the family's class on the hub has not; or it is
-            of a family for which none is derived.
+        ConfigError: The configuration does not say enough, or has something that the family's class on the hub lacks;
+            or the family has no derivation.
 
     Example:
         >>> portax.derive_hub_config(portax.config.shipped.config_path("qwen3-8b"))["rope_theta"]

@@ -61,12 +61,12 @@ class TrainerNames:
     family: Hooks
 
     def global_weights(self, model: LayerParams) -> Blocks:
-        """What the family reads outside the layers."""
+        """Returns the leaves that the family reads outside the layers."""
         self.family.global_weights(model)
         return named_blocks(model, model.expected)
 
     def layer_blocks(self, layer: LayerParams) -> Blocks:
-        """What the family reads of one layer."""
+        """Returns the leaves that the family reads of one layer."""
         self.family.layer_blocks(layer)
         return named_blocks(layer, layer.expected)
 
@@ -125,7 +125,7 @@ def _say_missing(params: LayerParams, paths: list[str]) -> None:
 
 
 def axes_of(path: str, dimensions: int) -> _Axes | None:
-    """What MaxText calls the axes of a leaf that is not scanned; None where no rule says.
+    """Returns MaxText's names for the axes of a leaf that is not scanned; None if no rule covers it.
 
     Args:
         path: Path relative to the layer, or below the root.
@@ -138,7 +138,7 @@ def axes_of(path: str, dimensions: int) -> _Axes | None:
 
 
 def is_known(path: str, dimensions: int) -> bool:
-    """Whether a rule says how a leaf is cut.
+    """Tells whether a rule covers the partitioning of a leaf.
 
     Args:
         path: As for `axes_of`.

@@ -1,4 +1,4 @@
-"""Layouts: how engines hold weights. One file per engine contract."""
+"""Layouts: the ways in which engines hold weights, one file for each engine contract."""
 
 from portax.layouts.base import Layout, Tensor
 from portax.layouts.canonical import Canonical

@@ -25,7 +25,7 @@ _TYPE = "quantised"  # what is special about a layer: all of its linears, or tho
 
 @dataclasses.dataclass(frozen=True)
 class QuantisedTorchax(TpuEngine):
-    """What `TpuInference` has of quantisation; `quantization` says of which kind, if any.
+    """The part of `TpuInference` that holds quantised weights, as `quantization` says.
 
     Attributes:
         quantization: What the engine quantises; None for nothing.
@@ -47,7 +47,7 @@ class QuantisedTorchax(TpuEngine):
         return None if self.quantization is None else self.quantization.definition
 
     def layer_types(self, layer: int, module_prefix: str) -> frozenset[str]:
-        """Which linears of a layer the patterns select."""
+        """Returns the linears of a layer that the patterns select."""
         if self.quantization is None or not self.quantization.patterns:
             return frozenset()
         at = self.path(Tensor("", None), layer=layer, module_prefix=module_prefix).removeprefix("vllm_model.")

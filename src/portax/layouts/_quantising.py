@@ -54,14 +54,14 @@ def linear_parts(quantization: Quantization, name: str, parts: Sequence[Matrix],
 
 
 def linear_dtype(quantization: Quantization) -> Any:
-    """What a quantised linear is held in."""
+    """Returns the dtype of a quantised linear."""
     if quantization.holds_checkpoint_bits:
         return DTYPES[_recipe_dtype(quantization)]
     return DTYPES[quantization.linear_dtype]
 
 
 def linear_steps(quantization: Quantization) -> tuple[str, ...]:
-    """Where a quantised linear loses precision, after its cast to bfloat16."""
+    """Returns the steps at which a quantised linear loses precision, after its cast to bfloat16."""
     if not quantization.is_of_quantised_checkpoint:
         return (f"bfloat16 -> {quantization.linear_dtype}",)
     recipe = _recipe_step(quantization)
@@ -125,7 +125,7 @@ def experts(quantization: Quantization, block: blocks.FusedMoE, *, shards: int) 
 
 
 def _expert_blocks(quantization: Quantization, block: blocks.FusedMoE, *, shards: int) -> tuple[int, int]:
-    """How many of the inputs of gate and up, and of down, share a scale."""
+    """Returns the number of inputs that share a scale, for gate and up, and for down."""
     _, inputs, width = block.gate.shape
     size = quantization.moe_requantize_block_size
     if size is None:
@@ -155,7 +155,7 @@ def _quantised(x: Matrix, dtype: str, axis: int, block: int | None, *, wide: boo
 
 
 def _as_loaded(quantization: Quantization, name: str, x: Matrix) -> Part:
-    """What the checkpoint holds; a scale for each output, also where a tile shares one."""
+    """Returns the weights as the checkpoint holds them, with a scale for each output, also where a tile shares one."""
     recipe = RECIPES[quantization.checkpoint]
     if recipe.tiled:
         must_be_whole_tiles(name, inputs=x.shape[-2], outputs=x.shape[-1])
@@ -169,7 +169,7 @@ def _dequantised(quantization: Quantization, x: Matrix) -> Float32[Array, "... _
 
 
 def _reloaded(quantization: Quantization, name: str, x: Matrix) -> Matrix:
-    """What the engine quantises again: the checkpoint, dequantised, as bfloat16."""
+    """Returns the weights that the engine quantises again: the checkpoint's, dequantised, as bfloat16."""
     must_be_whole_tiles(name, inputs=x.shape[0], outputs=x.shape[1])
     return bits.to_bits(_dequantised(quantization, x).astype(jnp.bfloat16))
 
@@ -221,7 +221,7 @@ def from_bytes(weights: Matrix, dtype: Any) -> Matrix:
 
 
 def selects(patterns: Sequence[str], module: str) -> bool:
-    """Whether the engine quantises a linear of a bf16 checkpoint: by its name, or by those of all parts that it fuses.
+    """Tells whether the engine quantises a linear of a bf16 checkpoint: by its name, or the names of all fused parts.
 
     Args:
         patterns: `Quantization.patterns`.

@@ -1,4 +1,4 @@
-"""`Layout`: how one kind of engine holds the blocks that a converter names."""
+"""`Layout`: turns the blocks that a converter returns into the arrays that one kind of engine holds."""
 
 import abc
 import dataclasses
@@ -20,7 +20,7 @@ from portax.weights import bits, blocks, kernels
 _Block = TypeVar("_Block", bound=blocks.Block)
 
 OTHER_MODALITIES = r"(visual|vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio)\."
-"""Names, as a regular expression, of what is beside a language model in an engine and in a hub checkpoint."""
+"""Regular expression for modules beside a language model, in an engine and in a hub checkpoint."""
 
 
 @functools.partial(
@@ -35,10 +35,14 @@ class Tensor:
     Attributes:
         name: Name relative to the layer, or to the decoder for weights outside the layers.
         array: The values, in the engine's axis order and dtype (or their shape, in a plan).
-        spec: How the engine partitions it.
-        in_decoder: False for what stands beside the decoder: the output projection.
-        tied_to: Name of the leaf whose values it repeats, where the model ties them.
-        lossy: Where its values lose precision after the cast to the layout's dtype: what quantises them.
+        spec: Its partitioning in the engine.
+        in_decoder: False for the output projection, which stands beside the decoder.
+        tied_to: Name of the leaf whose values it repeats, if the model ties them.
+        lossy: The steps that lose precision after the cast to the layout's dtype, such as quantisation.
+
+    Example:
+        >>> Tensor("self_attn.o_proj.weight", jnp.ones((64, 64)), jax.P("model", None)).in_decoder
+        True
     """
 
     name: str
@@ -50,19 +54,25 @@ class Tensor:
 
 
 class Layout(abc.ABC):
-    """How one kind of engine holds weights. Subclasses are frozen dataclasses: equal layouts share programs.
+    """The way one kind of engine holds weights. Subclasses are frozen dataclasses: equal layouts share programs.
 
     A layout answers for every kind of block with the arrays that the engine holds for it. Blocks reach it already in
     the engine's dtype, and bfloat16 as raw bits, so all it can do is move, pad and repeat; it knows no model.
+
+    Example:
+        >>> [tensor.name for tensor in layout.lower(blocks.Param("input_layernorm.weight", jnp.ones(64)))]
+        ['input_layernorm.weight']
+        >>> layout.mesh_axes
+        {'model': 2}
     """
 
     names: ClassVar[Literal["hub", "trainer"]] = "hub"
-    """Whose names and axes the engine keeps; with the trainer's, blocks are `TrainerParam`s and experts alone."""
+    """The side whose names and axes the engine keeps; with `trainer`, all blocks are `TrainerParam`s or experts."""
 
     @property
     @abc.abstractmethod
     def dtype(self) -> jnp.dtype | None:
-        """What the engine stores weights in; None: whatever the trainer has."""
+        """The dtype that the engine stores weights in; None for the trainer's."""
 
     @property
     def mesh_axes(self) -> Mapping[str, int]:
@@ -71,16 +81,16 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def path(self, tensor: Tensor, *, layer: int | str | None, module_prefix: str) -> str:
-        """The engine's full name of a tensor.
+        """Returns the engine's full name of a tensor.
 
         Args:
             tensor: The tensor; only its name and place are read.
             layer: Number of the layer; None outside the layers.
-            module_prefix: What the model class wraps its language model in, e.g. `language_model.`.
+            module_prefix: The module around the language model in the engine's class, e.g. `language_model.`.
         """
 
     def full_name(self, tensor: Tensor, *, layer: int | None, unscanned: str, module_prefix: str) -> str:
-        """The engine's full name of a tensor; by default its `path`.
+        """Returns the engine's full name of a tensor, given the trainer's name of the layer; by default its `path`.
 
         Args:
             tensor: As for `path`.
@@ -93,11 +103,11 @@ class Layout(abc.ABC):
         return self.path(tensor, layer=layer, module_prefix=module_prefix)
 
     def for_architecture(self, architecture: str | None, native: NativeModel | None = None) -> "Layout":
-        """The layout of one class of models, for an engine that holds them in several ways; by default the same.
+        """Returns the layout for one model class, for an engine with several; by default this one.
 
         Args:
             architecture: The hub's name of the class, as in `architectures` of a `config.json`; None if unknown.
-            native: How the engine's native JAX model of that class holds weights; None without one that was run.
+            native: The form of the engine's native JAX model of that class; None if none was run.
 
         Raises:
             LayoutError: The engine does not hold models of this class in this way.
@@ -106,26 +116,26 @@ class Layout(abc.ABC):
 
     @property
     def definition(self) -> str | None:
-        """What is exact, in words, where that is not the trainer's values cast to `dtype`."""
+        """Words for what an exact result is, if not the trainer's values cast to `dtype`."""
         return None
 
     def layer_types(self, layer: int, module_prefix: str) -> frozenset[str]:
-        """What sets a layer apart in the engine, and not in the trainer; by default nothing.
+        """Returns names that set a layer apart in the engine, but not in the trainer; by default none.
 
         Args:
             layer: Number of the layer.
-            module_prefix: What the model class wraps its language model in.
+            module_prefix: The module around the language model in the engine's class.
         """
         del layer, module_prefix
         return frozenset()
 
     def for_layer(self, types: frozenset[str]) -> "Layout":
-        """The layout of layers of these types, which have those of `layer_types` among them; by default the same."""
+        """Returns the layout for layers of these types, which include those of `layer_types`; by default this one."""
         del types
         return self
 
     def is_engine_owned(self, name: str) -> bool:
-        """Whether the engine fills the leaf of this name itself, so that no trainer ever writes it."""
+        """Tells whether the engine fills the leaf of this name itself, so that no trainer ever writes it."""
         return False
 
     def lower(self, block: blocks.Block) -> tuple[Tensor, ...]:

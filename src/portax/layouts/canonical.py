@@ -1,4 +1,4 @@
-"""`Canonical`: vLLM's own parameters at TP=1, the contract for engines that lay weights out themselves."""
+"""`Canonical`: vLLM's own parameters at TP=1, for engines that lay weights out themselves."""
 
 import dataclasses
 from typing import Any
@@ -16,10 +16,14 @@ class Canonical(Layout):
     """vLLM's parameters at TP=1: `[out, in]` linears, `qkv = [q | k | v]`, `w13 = [E, 2F, D]`, `w2 = [E, D, F]`.
 
     Attributes:
-        dtype: What to store weights in; None keeps the trainer's dtype.
+        dtype: The dtype to store weights in; None keeps the trainer's.
 
     Source: vLLM 0.32, model_executor/layers: linear.py, vocab_parallel_embedding.py,
     fused_moe/unquantized_fused_moe_method.py.
+
+    Example:
+        >>> portax.converter_for(config, layout=portax.layouts.Canonical()).convert(params)["model.norm.weight"].shape
+        (64,)
     """
 
     dtype: Any = None
@@ -72,5 +76,5 @@ class Canonical(Layout):
         return (Tensor("lm_head.weight", table, in_decoder=False),)
 
     def tied_lm_head(self, block: blocks.TiedLMHead) -> tuple[Tensor, ...]:
-        """Nothing: the embedding is the head."""
+        """Holds nothing: the embedding is the head."""
         return ()

@@ -25,7 +25,7 @@ _ENGINE_OWNED = re.compile(rf"^rng\.|\.{OTHER_MODALITIES}")
 
 @dataclasses.dataclass(frozen=True)
 class FlaxNnx(TpuEngine):
-    """What tpu-inference's native JAX models hold (`MODEL_IMPL_TYPE=auto` or `flax_nnx`): a nested `nnx.State`.
+    """The state of tpu-inference's native JAX models (`MODEL_IMPL_TYPE=auto` or `flax_nnx`): a nested `nnx.State`.
 
     The engine picks them by itself for dense Qwen3, Qwen2.5, Llama and Gemma4. Names are the paths of the state, joined
     by dots. Kernels keep their heads: `[in, heads, head_dim]`.
@@ -43,7 +43,8 @@ class FlaxNnx(TpuEngine):
         LayoutError: The version, tp or backend is unknown, or the engine was not run quantised in this way.
 
     Example:
-        >>> portax.layouts.FlaxNnx(version="0.32", tp=4)
+        >>> portax.layouts.FlaxNnx(version="0.32", tp=4).mesh_axes
+        {'model': 4}
     """
 
     oldest, newest = (0, 32), (0, 32)

@@ -17,9 +17,14 @@ class HuggingFace(Layout):
     """The tensors of a checkpoint on the Hugging Face hub: `[out, in]` linears, every projection a tensor of its own.
 
     Attributes:
-        dtype: What to store weights in; None keeps the trainer's dtype.
+        dtype: The dtype to store weights in; None keeps the trainer's.
 
     Source: transformers 5.23, models/qwen3 and models/qwen3_moe.
+
+    Example:
+        >>> weights = portax.converter_for(config, layout=portax.layouts.HuggingFace()).convert(params)
+        >>> weights["model.layers.0.self_attn.q_proj.weight"].shape
+        (64, 64)
     """
 
     dtype: Any = None
@@ -33,7 +38,7 @@ class HuggingFace(Layout):
         return f"model.{module_prefix}{in_decoder(tensor, layer)}" if tensor.in_decoder else tensor.name
 
     def is_engine_owned(self, name: str) -> bool:
-        """What a checkpoint holds beside the language model: other modalities, prediction of further tokens."""
+        """Tells whether a tensor is none of the language model's: another modality, or prediction of further tokens."""
         return _BESIDE.search(name) is not None
 
     def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:

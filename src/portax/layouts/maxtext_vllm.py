@@ -37,7 +37,7 @@ _ENGINE_OWNED = re.compile(r"(^|\.)rngs\.|\.cache\.|\.MlaKVCache_\d+\.")
 
 @dataclasses.dataclass(frozen=True)
 class MaxTextVllm(Layout):
-    """What MaxText's own model holds inside vLLM-on-TPU: an `nnx.State` of the trainer's leaves, layer by layer.
+    """The state of MaxText's own model inside vLLM-on-TPU: an `nnx.State` of the trainer's leaves, layer by layer.
 
     Names are `model.` and the trainer's path, joined by dots, of layers that are not scanned. KV heads are repeated
     where there are fewer than shards; the gate and up kernels of experts are one leaf, and their width is padded. The
@@ -62,7 +62,8 @@ class MaxTextVllm(Layout):
         LayoutError: The version is unknown, or a size is not possible.
 
     Example:
-        >>> portax.layouts.MaxTextVllm(version="0.2.5", tp=4)
+        >>> portax.layouts.MaxTextVllm(version="0.2.5", tp=4).mesh_axes["model"]
+        4
     """
 
     names: ClassVar[Literal["hub", "trainer"]] = "trainer"

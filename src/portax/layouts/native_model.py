@@ -5,21 +5,21 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class NativeModel:
-    """How one of the engine's native JAX model classes holds weights; a model family states it, `FlaxNnx` goes by it.
+    """The form in which one of the engine's native JAX models holds weights; a family states it, `FlaxNnx` applies it.
 
     Attributes:
         architecture: The hub's name of the class.
-        kernel: What it calls the weight of a linear.
-        norm: What it calls the weight of a norm.
-        embedding: What it calls the token embedding.
-        head: Where its output projection is; None where none that is not tied was run.
-        tied: Whether a model without one was run.
-        pads_heads: Whether it pads head_dim and repeats KV heads; the others' loader refuses what would need that.
-        pads_vocab: Whether it pads the vocabulary to a multiple of tp.
-        merges_gate_up: Whether gate and up are one matrix.
-        cuts_wide_kv: Whether KV heads that tp does not divide are cut along head_dim.
-        block_checkpoints: Whether it was run on fp8 checkpoints in blocks.
-        quantises_experts: Whether its experts were run quantised online.
+        kernel: Its name for the weight of a linear.
+        norm: Its name for the weight of a norm.
+        embedding: Its name for the token embedding.
+        head: Its name for the output projection; None if only tied models were run.
+        tied: True if a model with a tied output projection was run.
+        pads_heads: True if it pads head_dim and repeats KV heads; other classes refuse sizes that need this.
+        pads_vocab: True if it pads the vocabulary to a multiple of tp.
+        merges_gate_up: True if gate and up are one matrix.
+        cuts_wide_kv: True if KV heads that tp does not divide are cut along head_dim.
+        block_checkpoints: True if it was run on fp8 checkpoints in blocks.
+        quantises_experts: True if its experts were run quantised online.
 
     Example:
         >>> NativeModel("Qwen3ForCausalLM", pads_vocab=True).norm

@@ -1,4 +1,4 @@
-"""`Quantization`: what an engine quantises, and of what, under the engine's own names of its settings."""
+"""`Quantization`: an engine's settings of quantisation, under the engine's own names."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,27 +27,31 @@ class Quantization:
     Attributes:
         checkpoint: `bf16`, or the recipe of the checkpoint: `fp8-block` (DeepGEMM's, as vLLM carries it),
             `fp8-block-hf` (transformers'), `ct-fp8` or `ct-int8` (compressed-tensors, per channel).
-        scale_form: What the compiler makes of the rounding of scales to bfloat16: `narrow`, they are rounded; `wide`,
-            they are not; `xla_cpu`, as XLA on CPU does it, which drops the rounding where one computation makes 4096
+        scale_form: The compiler's treatment of rounding scales to bfloat16: `narrow`, they are rounded; `wide`, they
+            are not; `xla_cpu`, as XLA on CPU does it, which drops the rounding where one computation makes 4096
             scales or more. What a TPU does has not been seen: compare with what the engine loaded itself.
-        bf16_linear_requantize_patterns: Which linears of a bf16 checkpoint are quantised: module names, or regular
+        bf16_linear_requantize_patterns: The linears of a bf16 checkpoint that are quantised: module names, or regular
             expressions after `re:`.
-        bf16_linear_requantize_weight_dtype: To what.
+        bf16_linear_requantize_weight_dtype: The dtype that these are quantised to.
         bf16_linear_requantize_block_size: Inputs that share a scale; None for all.
-        requantize_weight_dtype: What linears of a block checkpoint are quantised to again.
+        requantize_weight_dtype: The dtype that linears of a block checkpoint are quantised to again.
         requantize_block_size: Inputs that share a scale; None for all.
         enable_quantized_matmul_kernel: Goes with `requantize_block_size`.
-        moe_requantize_weight_dtype: What experts are quantised to; None for float8_e4m3fn where the checkpoint is
-            quantised, and for bfloat16 where it is not.
+        moe_requantize_weight_dtype: The dtype that experts are quantised to; None for float8_e4m3fn if the checkpoint
+            is quantised, and for bfloat16 if it is not.
         moe_requantize_block_size: Inputs that share a scale; None for all.
         moe_requantize_clip_percentile: Percentile of an expert's magnitudes that its weights are clipped to.
-        disable_weight_requantization: Whether weights of a block checkpoint are held as they came.
+        disable_weight_requantization: True holds weights of a block checkpoint as they came.
 
     Raises:
         QuantizationError: A value is unknown, or the settings do not go together, or were not run together.
 
     Example:
-        >>> Quantization(checkpoint="bf16", scale_form="narrow", bf16_linear_requantize_patterns=("re:.*",))
+        >>> settings = portax.layouts.Quantization(
+        ...     checkpoint="bf16", scale_form="narrow", bf16_linear_requantize_patterns=("re:.*",)
+        ... )
+        >>> settings.linear_dtype
+        'float8_e4m3fn'
     """
 
     checkpoint: str
@@ -72,7 +76,7 @@ class Quantization:
     def of_environment(
         cls, environment: Mapping[str, str], *, checkpoint: str, scale_form: str
     ) -> "Quantization | None":
-        """The settings that an engine was started with.
+        """Reads the settings that an engine was started with.
 
         Args:
             environment: Variables by name, such as `{"REQUANTIZE_WEIGHT_DTYPE": "int8"}`; others are not read.
@@ -95,7 +99,7 @@ class Quantization:
 
     @classmethod
     def variables(cls) -> dict[str, str]:
-        """The attribute that each environment variable of an engine sets."""
+        """Returns the attribute that each environment variable of an engine sets."""
         return {
             field.name.upper(): field.name
             for field in dataclasses.fields(cls)
@@ -104,7 +108,7 @@ class Quantization:
 
     @property
     def is_of_quantised_checkpoint(self) -> bool:
-        """Whether a recipe made the checkpoint."""
+        """True if a recipe made the checkpoint."""
         return self.checkpoint != BFLOAT16
 
     @property
@@ -114,17 +118,17 @@ class Quantization:
 
     @property
     def experts_dtype(self) -> str | None:
-        """What experts are quantised to; None if they are not."""
+        """The dtype that experts are quantised to; None if they are not."""
         return self.moe_requantize_weight_dtype or (_FP8 if self.is_of_quantised_checkpoint else None)
 
     @property
     def linear_dtype(self) -> str:
-        """What linears are quantised to."""
+        """The dtype that linears are quantised to."""
         return self.requantize_weight_dtype if self.is_of_quantised_checkpoint else self._online_dtype
 
     @property
     def linear_block(self) -> tuple[str, int | None]:
-        """The variable that sets how many inputs of a linear share a scale, and what it says."""
+        """The variable that sets the number of inputs of a linear that share a scale, and its value."""
         name = "requantize_block_size" if self.is_of_quantised_checkpoint else "bf16_linear_requantize_block_size"
         return name.upper(), getattr(self, name)
 
@@ -134,12 +138,12 @@ class Quantization:
 
     @property
     def holds_checkpoint_bits(self) -> bool:
-        """Whether linears are held as they stand in the checkpoint."""
+        """True if linears have the bits of the checkpoint."""
         return self.disable_weight_requantization or self.checkpoint.startswith("ct-")
 
     @property
     def definition(self) -> str:
-        """What is exact, in words."""
+        """Words for what an exact result is."""
         if not self.is_of_quantised_checkpoint:
             return "as if the engine had loaded the bfloat16 checkpoint and quantised online"
         return (
@@ -148,10 +152,10 @@ class Quantization:
         )
 
     def is_wide(self, scales: int) -> bool:
-        """Whether scales of bfloat16 weights are not rounded to bfloat16.
+        """Tells whether scales of bfloat16 weights stay unrounded.
 
         Args:
-            scales: How many the engine makes in one computation.
+            scales: Number of scales that the engine makes in one computation.
         """
         return self.scale_form == "wide" or (self.scale_form == "xla_cpu" and scales >= _WIDE_FROM)
 

@@ -47,27 +47,28 @@ _ENGINE_OWNED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class TpuInference(QuantisedTorchax):
-    """What tpu-inference's torchax runner (`MODEL_IMPL_TYPE=vllm`) holds: one flat dict of `vllm_model.*` leaves.
+    """The state of tpu-inference's torchax runner (`MODEL_IMPL_TYPE=vllm`): one flat dict of `vllm_model.*` leaves.
 
     Attributes:
         version: tpu-inference's version, e.g. `0.32` or `0.32.0`.
         tp: Tensor-parallel size, as the engine is asked for it.
-        moe_backend: Which kernel runs the experts: `gmm_tp` (the engine's default), `gmm_ep` (expert parallelism), or
-            `fused_moe` (expert parallelism with `USE_MOE_EP_KERNEL=1`).
+        moe_backend: The kernel that runs the experts: `gmm_tp` (the engine's default), `gmm_ep` (expert parallelism),
+            or `fused_moe` (expert parallelism with `USE_MOE_EP_KERNEL=1`).
         attention_dp: Attention data-parallel size, for an engine with `NEW_MODEL_DESIGN=1`, whose mesh has seven axes:
             linears are laid out for `tp // attention_dp` shards, experts and vocabulary for `tp`. None: a mesh of two
             axes, `data` and `model`.
-        dtype: What the engine stores weights in.
-        allow_untested: Whether to use the newest known layout for a version newer than any that was checked.
-        quantization: What the engine quantises; None for nothing.
-        quantised_linears: Of a layer whose linears are not all quantised alike, which are; converters fill it in.
+        dtype: The dtype that the engine stores weights in.
+        allow_untested: True uses the newest known layout for a version newer than any that was checked.
+        quantization: The engine's settings of quantisation; None for none.
+        quantised_linears: The quantised linears of a layer, if not all are; converters fill it in.
 
     Raises:
         LayoutError: The version, tp or backend is unknown, attention_dp is not for that version or tp, or the engine
             was not run quantised in this way.
 
     Example:
-        >>> portax.layouts.TpuInference(version="0.32", tp=4)
+        >>> portax.layouts.TpuInference(version="0.32", tp=4).mesh_axes
+        {'model': 4}
     """
 
     oldest, newest = (0, 20), (0, 32)

@@ -62,6 +62,11 @@ class Plan(Report):
         engine_owned: Leaves of the target that the engine fills itself; empty without a target.
         left: Leaves of the trainer that were left out, as asked for (`leave=`).
         padded: Leaves of the trainer whose padding is cut off, once it is found to be zero.
+
+    Example:
+        >>> plan = converter.plan(params)
+        >>> len(plan.entries), plan.casts.keys()
+        (19, dict_keys(['float32 -> bfloat16']))
     """
 
     layout: str

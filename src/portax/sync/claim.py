@@ -23,7 +23,7 @@ class Claim:
             releasing it, so no engine stays claimed after one.
 
     Example:
-        >>> claim = Claim()
+        >>> engine, claim = {"weight": jnp.ones(2)}, Claim()
         >>> with claim.lock:
         ...     claim.take(lambda: engine.values())
     """

@@ -81,6 +81,11 @@ class SyncReport(_Report):
         peak_bytes: Highest use of any device's memory since the process began, where the backend tells.
         verification: The comparison afterwards; None if none was asked for.
         left: Leaves of the trainer that were left out, as asked for (`leave=`).
+
+    Example:
+        >>> report = portax.WeightSync(converter, converter.convert(params))(params)
+        >>> report.version, report.leaves
+        (1, 19)
     """
 
     version: int

@@ -19,6 +19,12 @@ class Staging:
 
     Attributes:
         weights: The staged leaves by the engine's names; empty before the first `stage`.
+
+    Example:
+        >>> staging = portax.Staging(converter, mesh)
+        >>> buffers = staging.stage(params)
+        >>> staging.manifest()[0]["name"]
+        'vllm_model.lm_head.weight'
     """
 
     def __init__(self, converter: BaseConverter, mesh: Mesh, *, bucket_bytes: int = 2**30):

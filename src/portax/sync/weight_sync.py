@@ -39,8 +39,10 @@ class WeightSync:
         plan: What every sync writes, and what the engine fills itself.
 
     Example:
-        >>> sync = portax.WeightSync(converter, lambda: tpu_inference.engine_state(llm))
-        >>> report = sync(params)
+        >>> engine = converter.convert(params)  # in earnest `portax.integrations.tpu_inference.engine_state(llm)`
+        >>> sync = portax.WeightSync(converter, engine, params=params)
+        >>> sync(params).leaves
+        19
     """
 
     @in_own_context

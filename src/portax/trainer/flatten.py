@@ -48,7 +48,7 @@ def _children(node: object) -> Mapping[Any, object] | None:
 
 
 def fields(state: object) -> dict[str, object] | None:
-    """What a train state that is an object holds, such as flax's `TrainState`; None if it has no `params`."""
+    """Returns the fields of a train state that is an object, such as flax's `TrainState`; None without `params`."""
     params = getattr(state, "params", None)
     if not isinstance(params, Mapping):
         return None

@@ -29,10 +29,15 @@ class LayerParams:
     hooks finds everything that is wrong; nothing runs while there are problems.
 
     Attributes:
-        config: Gives the sizes of the axes.
+        config: The model's configuration, with the sizes of the axes.
         problems: All problems found so far; leaves are named relative to the layer.
         expected: Axes, in the trainer's form, of every leaf that has been read.
         types: The layer's types, as the config says: e.g. `{"full_attention"}`.
+
+    Example:
+        >>> layer = LayerParams({"mlp/wo/kernel": jnp.ones((128, 32))}, portax.read_config(config))
+        >>> layer.read("mlp/wo/kernel", "mlp_dim emb_dim").shape, layer.problems[0].found
+        ((128, 64), 'shape [128, 32]')
     """
 
     def __init__(
@@ -68,12 +73,12 @@ class LayerParams:
         self._zero = zero
 
     def __contains__(self, path: str) -> bool:
-        """Whether the tree has this leaf; the config must permit what that decides."""
+        """Tells whether the tree has this leaf; the config must permit whatever that decides."""
         return path in self._stacks
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Paths of the leaves that the tree has, whatever the config says."""
+        """Paths of all leaves in the tree."""
         return tuple(self._stacks)
 
     def take(self, path: str) -> Shaped[Array, "..."]:
@@ -98,9 +103,10 @@ class LayerParams:
         Args:
             path: Path relative to the layer, e.g. `self_attention/query/kernel`.
             axes: The config's names of the axes, e.g. `emb_dim num_query_heads 2*head_dim`.
-            scale_shift: Makes the hub's values of the trainer's, where they differ.
+            scale_shift: Makes the hub's values of the trainer's, if they differ.
 
         Example:
+            >>> layer = LayerParams({"mlp/wo/kernel": jnp.ones((128, 64))}, portax.read_config(config))
             >>> layer.read("mlp/wo/kernel", "mlp_dim emb_dim").shape
             (128, 64)
         """
@@ -155,7 +161,7 @@ SCALED_NAME = _scale_shift.__name__
 
 
 def _in_place_of(value: Any, shape: Shape) -> Shaped[Array, "..."]:
-    """An array of this shape that depends on the value, so that a trace shows what it feeds."""
+    """Returns an array of this shape that depends on the value, so that a trace shows what it feeds."""
     if value is None or not math.prod(value.shape):
         return jnp.zeros(shape, jnp.float32)
     kept = value if value.dtype == jnp.uint16 or jnp.issubdtype(value.dtype, jnp.floating) else value.astype(np.float32)

@@ -60,7 +60,7 @@ class LazyArray(abc.ABC):
 
     @property
     def ndim(self) -> int:
-        """How many axes it has."""
+        """Number of axes."""
         return len(self.shape)
 
     @property

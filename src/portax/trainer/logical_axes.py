@@ -1,4 +1,4 @@
-"""How MaxText spreads parameters over its mesh, unless it is told otherwise."""
+"""MaxText's default partitioning of parameters over its mesh."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ _RULES = {
 
 
 def partition(mesh: Mesh) -> Callable[[Axes], NamedSharding]:
-    """What says how a weight is partitioned over this mesh, given its axes; vectors are replicated.
+    """Returns a function that gives the sharding of a weight on this mesh, from its axes; vectors are replicated.
 
     Args:
         mesh: The trainer's; of its axes, `fsdp`, `tensor` and `expert` cut weights.

@@ -1,4 +1,4 @@
-"""Padding on a trainer's side: which leaves are wider than the model, and where in them the padding is."""
+"""Padding in a trainer's tree: the leaves that are wider than the model, and the places of the padding in them."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ class Padding:
 
     Attributes:
         axis: The axis.
-        parts: How many parts there are, all of one size: 2 where gate and up are one leaf.
+        parts: Number of parts, all of one size: 2 if gate and up are one leaf.
         held: Size of each part with its padding.
         true: Size of each part without.
     """
@@ -37,24 +37,24 @@ class Padding:
 
         Args:
             scan_axis: First scan axis of the stack.
-            count: How many there are.
+            count: Number of scan axes.
         """
         return dataclasses.replace(self, axis=self.axis + count if self.axis >= scan_axis else self.axis)
 
     def held_shape(self, shape: Shape) -> Shape:
-        """Returns the shape that a leaf has with it, given the shape without; another one is returned as it is."""
+        """Returns the padded shape of a leaf, given the shape without; any other shape is returned unchanged."""
         if shape[self.axis : self.axis + 1] != (self.parts * self.true,):
             return shape
         return (*shape[: self.axis], self.parts * self.held, *shape[self.axis + 1 :])
 
     def cut(self, leaf: Any) -> Any:
-        """Returns a leaf without it."""
+        """Returns a leaf without the padding."""
         pieces = [self._slice(leaf, part * self.held, part * self.held + self.true) for part in range(self.parts)]
         return pieces[0] if len(pieces) == 1 else lax.concatenate(pieces, self.axis)
 
     @property
     def places(self) -> tuple[tuple[slice, ...], ...]:
-        """Where it is: an index for each part."""
+        """The index of the padding in each part."""
         ends = [(part * self.held + self.true, (part + 1) * self.held) for part in range(self.parts)]
         return tuple((*[slice(None)] * self.axis, slice(*end)) for end in ends)
 

@@ -100,7 +100,7 @@ def _container(params: object) -> Mapping[Any, Any]:
 
 
 def _is_module(params: object) -> bool:
-    """Whether this is a model object of NNX or Linen."""
+    """Tells whether this is a model object of NNX or Linen."""
     return any(base.__module__.startswith("flax.") and base.__name__ == "Module" for base in type(params).__mro__)
 
 

@@ -1,4 +1,4 @@
-"""Where MaxText keeps layers: shows every layer of a flat state, scanned or not, with its number and its kind."""
+"""The layers of a flat trainer's tree, scanned or not, each with its number and its types."""
 
 import collections
 import dataclasses
@@ -12,12 +12,12 @@ from portax._text.names import fold, natural_order
 from portax.errors import PlanError, Problem
 
 LayerTypes: TypeAlias = frozenset[str]
-"""What sets one layer apart from the others of its model, e.g. `{"global"}`; the config says so, not the tree."""
+"""Names that set a layer apart from others of its model, e.g. `{"global"}`; they come from the config, not the tree."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerSlice:
-    """Where the weights of one layer, or of the model outside its layers, are.
+    """The place of one layer's weights, or of the weights outside the layers, in a trainer's tree.
 
     Attributes:
         index: Number of the layer in the model; None for the global weights.
@@ -25,6 +25,12 @@ class LayerSlice:
         leaves: Shapes of its leaves, or of the stacks that it is a slice of, by path relative to the container.
         scan: Size of each scan axis of the leaves; empty for a layer with leaves of its own.
         position: Index of this layer on each scan axis.
+
+    Example:
+        >>> shape = jax.ShapeDtypeStruct((128, 36, 64), np.float32)
+        >>> layer = LayerSlice(3, "decoder/layers", {"mlp/wo/kernel": shape}, scan=(36,), position=(3,))
+        >>> layer.path("mlp/wo/kernel"), layer.at(1)
+        ('decoder/layers/mlp/wo/kernel', (slice(None, None, None), 3))
     """
 
     index: int | None
@@ -60,7 +66,7 @@ class LayerGroup:
     """Layers that one compiled program converts: of the same types, with leaves of the same shapes and dtypes.
 
     Attributes:
-        is_global: Whether this is the model outside its layers.
+        is_global: True for the model outside its layers.
         types: The layers' types, as the config says.
         paths: Paths of the leaves, relative to the layer.
         scan: Size of each scan axis of the leaves.
@@ -91,24 +97,28 @@ class LayerGroup:
 
 @dataclasses.dataclass(frozen=True)
 class ScanPattern:
-    """How a MaxText decoder stacks its layers when it scans them.
+    """The way in which a MaxText decoder stacks its layers when it scans them.
 
     Attributes:
         block: Path of the stacks; every leaf there has an axis that counts repetitions of the cycle.
-        slots: What is below it: leaves of one stack (`one`), a stack for each layer of the cycle (`layer_` and
+        slots: The form below it: leaves of one stack (`one`), a stack for each layer of the cycle (`layer_` and
             `layers_`, which are followed by a number), or `nested`: a stack with a second scan axis for all layers of
             the cycle but the last, and a stack for the last one.
+
+    Example:
+        >>> list(ScanPattern("decoder/layers", "layers_").stacks(depth=4, cycle=2))
+        [('decoder/layers/layers_0', (2,), 0), ('decoder/layers/layers_1', (2,), 1)]
     """
 
     block: Literal["decoder/layers", "decoder/scanned_blocks"] = "decoder/layers"
     slots: Literal["one", "layer_", "layers_", "nested"] = "one"
 
     def stacks(self, depth: int, cycle: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
-        """Container, size of each scan axis, and number of the first layer, of each stack of a scanned model.
+        """Yields the stacks of a scanned model: container, size of each scan axis, number of the first layer.
 
         Args:
             depth: Layers of the model.
-            cycle: Layers after which the kinds of layer repeat.
+            cycle: Number of layers after which the kinds of layer repeat.
         """
         repeats, rest = divmod(depth, cycle)
         if repeats:

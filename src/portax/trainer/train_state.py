@@ -19,13 +19,13 @@ _AUX, _AUX_WEIGHTS = ("nnx_aux", "model"), ("gate", "bias")  # where checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What of a train state are parameters.
+    """The parameters of a train state, separated from everything else in it.
 
     Attributes:
-        root: What stands in front of every parameter's path, e.g. `model/base/`.
+        root: Prefix of every parameter's path, e.g. `model/base/`.
         params: Parameters by path below the root.
         ignored: Everything else by its whole path: optimizer state, step, random state, statistics, caches.
-        strangers: Arrays beside the parameters, by whole path, that nothing says what they are.
+        strangers: Unknown arrays beside the parameters, by whole path.
     """
 
     root: str
@@ -84,7 +84,7 @@ def _is_parameter(parts: Parts, box: Box, leaf: Leaf) -> bool:
 
 
 def _root(paths: Iterable[Parts]) -> Parts:
-    """The roots in front of the parameters, from the outside inwards."""
+    """Returns the folders in front of the parameters, from the outside inwards."""
     root: Parts = ()
     inside = list(paths)
     while (head := _head(inside, len(root))) is not None:
@@ -94,7 +94,7 @@ def _root(paths: Iterable[Parts]) -> Parts:
 
 
 def _head(paths: Iterable[Parts], depth: int) -> str | None:
-    """What, of all that stands at this depth, holds the parameters; None if they stand there themselves."""
+    """Returns the folder at this depth that holds the parameters; None if they stand there themselves."""
     folders = [parts[depth : depth + 2] for parts in paths if len(parts) > depth + 1]
     heads = {head for head, _ in folders}
     if "params" in heads:
@@ -105,13 +105,13 @@ def _head(paths: Iterable[Parts], depth: int) -> str | None:
 
 
 def _is_auxiliary_weight(parts: Parts, boxed: bool) -> bool:
-    """Whether this is a weight that MaxText saves beside the parameters, because its variable is no `nnx.Param`."""
+    """Tells a weight that MaxText saves beside the parameters because its variable is no `nnx.Param`."""
     path = parts[: len(parts) - boxed]
     return path[: len(_AUX)] == _AUX and path[-len(_AUX_WEIGHTS) :] == _AUX_WEIGHTS
 
 
 def _is_stranger(parts: Parts, root: Parts, leaf: Leaf) -> bool:
-    """Whether a leaf beside the parameters may be weights; counters and what usually stands there are none."""
+    """Tells whether a leaf beside the parameters may be a weight; counters and other known leaves are not."""
     common = next(i for i, part in enumerate(root) if parts[i : i + 1] != (part,))
     known = parts[common] in _BESIDE if len(parts) > common else False
     return not known and isinstance(leaf, ARRAYS) and leaf.ndim > 0 and jax.numpy.issubdtype(leaf.dtype, np.floating)

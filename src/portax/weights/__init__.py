@@ -1,1 +1,1 @@
-"""What a weight is, and how its bytes move."""
+"""Blocks, which say what a weight is, and kernels, which move its bytes."""

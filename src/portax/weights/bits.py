@@ -1,4 +1,4 @@
-"""bfloat16 as the unsigned integers that its bits spell, so that no compiler changes a NaN or a denormal."""
+"""bfloat16 as unsigned integers with the same bits, so that no compiler changes a NaN or a denormal."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Shaped
 
 
 def to_bits(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """bfloat16 as the unsigned integers that its bits spell; anything else as it is.
+    """Returns bfloat16 as `uint16` with the same bits; anything else unchanged.
 
     XLA and LLVM may copy bfloat16 by way of float32 wherever they see fit, which quiets NaNs and, on some machines,
     flushes denormals. So between trainer and engine bfloat16 travels as uint16.
@@ -15,18 +15,18 @@ def to_bits(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
 
 
 def from_bits(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """The inverse of `to_bits`."""
+    """Returns `uint16` as the bfloat16 with the same bits; anything else unchanged. The inverse of `to_bits`."""
     return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
 def pin_bits(x: Shaped[Array, "..."], zero: Bool[Array, ""]) -> Shaped[Array, "..."]:
-    """Raw bfloat16, unchanged, in a way that keeps the compiler from moving a cast to floats across this point.
+    """Returns raw bfloat16 unchanged, and keeps the compiler from moving a cast to floats across this point.
 
-    Nothing moves across an exclusive-or with a number that is only known when the program runs; it costs one vector
-    instruction. What is not bits needs no protection.
+    The compiler moves nothing across an exclusive-or with a number that is known only at run time; this costs one
+    vector instruction. Arrays of other dtypes need no protection.
 
     Args:
-        x: What to protect.
+        x: The array to protect.
         zero: False, computed from an argument of the program.
     """
     return x ^ zero.astype(x.dtype) if x.dtype == jnp.uint16 else x

@@ -1,4 +1,4 @@
-"""What a weight is.
+"""Blocks: each says what a group of weights is, whichever engine will hold it.
 
 A converter's hooks return blocks; a layout turns blocks into the arrays that an engine holds. The vocabulary is that
 of vLLM's layer classes. Kernels keep the trainer's axes, so a block says *query, heads and head_dim apart*, never
@@ -32,9 +32,14 @@ class Linear:
 
     Attributes:
         name: Module name, e.g. `self_attn.o_proj`.
-        kernel: `[in, *out]` for a column-parallel product, `[*in, out]` for a row-parallel one, `[in, out]` if
-            replicated; any float dtype.
-        parallel: Which side tensor parallelism cuts: `column` the output, `row` the input.
+        kernel: `[in, *out]` for a column-parallel product, `[*in, out]` for a row-parallel one, `[in, out]` for a
+            replicated one; any float dtype.
+        parallel: The side that tensor parallelism cuts: `column` for the output, `row` for the input.
+
+    Example:
+        >>> block = blocks.Linear("self_attn.o_proj", jnp.ones((4, 16, 64)), "row")  # heads, head_dim, embed
+        >>> [(tensor.name, tensor.array.shape, tensor.spec) for tensor in layout.lower(block)]
+        [('self_attn.o_proj.weight', (64, 64), P('model', None))]
     """
 
     name: str = _static()
@@ -50,6 +55,12 @@ class MergedLinear:
         name: Module name of the merged matrix, e.g. `mlp.gate_up_proj`.
         hub: Module name on the hub of each group of `parts`, e.g. `("mlp.gate_proj", "mlp.up_proj")`.
         parts: For each name in `hub`, the `[in, *out]` kernels that it concatenates, in order.
+
+    Example:
+        >>> gate, up = jnp.ones((64, 128)), jnp.ones((64, 128))
+        >>> block = blocks.MergedLinear("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj"), ((gate,), (up,)))
+        >>> [tensor.array.shape for tensor in layout.lower(block)]
+        [(64, 256)]
     """
 
     name: str = _static()
@@ -59,11 +70,16 @@ class MergedLinear:
 
 @_block
 class BareLinear:
-    """A matrix product outside the engine's parallel layers, such as a router: held as the hub does, replicated.
+    """A matrix product outside the engine's parallel layers, such as a router; replicated, with the hub's axes.
 
     Attributes:
         name: Module name, e.g. `router.proj`.
         kernel: Any float dtype.
+
+    Example:
+        >>> block = blocks.BareLinear("router.proj", jnp.ones((64, 8)))
+        >>> [tensor.array.shape for tensor in layout.lower(block)]
+        [(8, 64)]
     """
 
     name: str = _static()
@@ -81,9 +97,15 @@ class GroupedLinear:
     Attributes:
         name: Module name of the merged matrix, e.g. `linear_attn.in_proj_qkvz`.
         kernel: The groups one after the other.
-        groups: How many there are, e.g. the key heads of a gated delta net.
-        widths: Width, within one group, of each product.
-        hub: Module name on the hub, and how many of the products it concatenates, in order.
+        groups: Number of groups, e.g. the key heads of a gated delta net.
+        widths: Width of each product within one group.
+        hub: Module names on the hub, each with the number of products that it concatenates, in order.
+
+    Example:
+        >>> products = (("mixer.a", 1), ("mixer.b", 1))
+        >>> block = blocks.GroupedLinear("mixer.in_proj", jnp.ones((64, 48)), 2, (16, 8), products)
+        >>> [tensor.array.shape for tensor in portax.layouts.HuggingFace().lower(block)]
+        [(32, 64), (16, 64)]
     """
 
     name: str = _static()
@@ -95,11 +117,16 @@ class GroupedLinear:
 
 @_block
 class DepthwiseConv:
-    """A causal convolution of each channel by itself, replicated.
+    """A causal convolution of each channel by itself; replicated.
 
     Attributes:
         name: Module name, e.g. `linear_attn.conv1d`.
         kernel: Any float dtype.
+
+    Example:
+        >>> block = blocks.DepthwiseConv("linear_attn.conv1d", jnp.ones((4, 1, 64)))
+        >>> [tensor.array.shape for tensor in layout.lower(block)]
+        [(64, 1, 4)]
     """
 
     name: str = _static()
@@ -115,7 +142,13 @@ class QKV:
         query: Per-head kernels; `dim` may be a multiple of head_dim where a gate rides along.
         key: One kernel per KV head.
         value: As `key`; None where the layer uses its keys as values.
-        bias: What is added to queries, keys and values: `[heads, dim]` each.
+        bias: Biases of queries, keys and values, `[heads, dim]` each; empty without.
+
+    Example:
+        >>> key = value = jnp.ones((64, 2, 16))
+        >>> block = blocks.QKV("self_attn", jnp.ones((64, 4, 16)), key, value)
+        >>> [(tensor.name, tensor.array.shape) for tensor in layout.lower(block)]
+        [('self_attn.qkv_proj.weight', (64, 128))]
     """
 
     name: str = _static()
@@ -127,13 +160,17 @@ class QKV:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertNames:
-    """What the hub calls the matrices of an expert: each by itself, or all experts' stacked.
+    """The hub's names for the matrices of an expert, or of all experts stacked.
 
     Attributes:
         gate: Kernel of the activated branch.
         up: Kernel of the linear branch.
         down: Kernel of the way back.
         gate_up: Both branches side by side, where experts are stacked.
+
+    Example:
+        >>> blocks.ExpertNames(gate="w1", up="w3", down="w2").up
+        'w3'
     """
 
     gate: str = "gate_proj"
@@ -143,7 +180,7 @@ class ExpertNames:
 
 
 EXPERT_NAMES = ExpertNames()
-"""What most of the hub's mixtures of experts call them."""
+"""The names in most of the hub's mixtures of experts."""
 
 
 @_block
@@ -155,8 +192,14 @@ class FusedMoE:
         gate: Kernel of the activated branch.
         up: Kernel of the linear branch.
         down: Kernel of the way back.
-        hub: Whether the hub stores `each` expert as tensors of its own or all of them `stacked`.
-        hub_names: What the hub calls the matrices.
+        hub: The hub's form: `each` expert has tensors of its own, or all are `stacked`.
+        hub_names: The hub's names of the matrices.
+
+    Example:
+        >>> gate = up = jnp.ones((8, 64, 256))
+        >>> block = blocks.FusedMoE("mlp.experts", gate, up, jnp.ones((8, 256, 64)), hub="each")
+        >>> [tensor.name for tensor in layout.lower(block)]
+        ['mlp.experts.routed_experts.w13_weight', 'mlp.experts.routed_experts.w2_weight']
     """
 
     name: str = _static()
@@ -174,6 +217,10 @@ class Embedding:
     Attributes:
         name: Module name, e.g. `embed_tokens`.
         table: One row per token.
+
+    Example:
+        >>> [tensor.array.shape for tensor in layout.lower(blocks.Embedding("embed_tokens", jnp.ones((250, 64))))]
+        [(256, 64)]
     """
 
     name: str = _static()
@@ -182,7 +229,12 @@ class Embedding:
 
 @_block
 class LMHead:
-    """The output projection of a model that does not tie it to the embedding; stands outside the decoder."""
+    """The output projection of a model that does not tie it to the embedding; stands outside the decoder.
+
+    Example:
+        >>> [tensor.name for tensor in layout.lower(blocks.LMHead(jnp.ones((64, 256))))]
+        ['lm_head.weight']
+    """
 
     kernel: Shaped[Array, "embed vocab"]
 
@@ -194,7 +246,12 @@ class TiedLMHead:
     Attributes:
         table: The embedding table.
         to: Module name of the embedding it is tied to.
-        shared_module: Whether vLLM's model shares the embedding *module* (Qwen3 does) or only its parameter.
+        shared_module: True if vLLM's model shares the embedding *module* (as Qwen3 does), False if only its parameter.
+
+    Example:
+        >>> block = blocks.TiedLMHead(jnp.ones((256, 64)), to="embed_tokens", shared_module=True)
+        >>> [tensor.tied_to for tensor in layout.lower(block)]
+        ['embed_tokens.weight']
     """
 
     table: Shaped[Array, "vocab embed"]
@@ -209,7 +266,11 @@ class Param:
     Attributes:
         name: Full name of the parameter, e.g. `input_layernorm.weight`.
         value: The values, in the hub's axis order.
-        float32: Whether it stays float32 whatever the engine's dtype.
+        float32: True if it stays float32 whatever the engine's dtype.
+
+    Example:
+        >>> [tensor.array.dtype for tensor in layout.lower(blocks.Param("norm.weight", jnp.ones(64)))]
+        [dtype(bfloat16)]
     """
 
     name: str = _static()
@@ -223,9 +284,14 @@ class TrainerParam:
 
     Attributes:
         name: The trainer's path, joined by dots, e.g. `self_attention.key.kernel`.
-        axes: What MaxText's `logical_axis_rules` call each axis: `vocab`, `heads`, `kv_heads`, `mlp`, `mlp_moe`, `exp`;
-            empty for one that no mesh axis cuts; None as a whole where nobody knows.
+        axes: The name of each axis in MaxText's `logical_axis_rules`: `vocab`, `heads`, `kv_heads`, `mlp`, `mlp_moe`,
+            `exp`; empty for an axis that no mesh axis cuts; None as a whole if unknown.
         value: The values of one layer.
+
+    Example:
+        >>> block = blocks.TrainerParam("self_attention.key.kernel", ("", "kv_heads", ""), jnp.ones((64, 2, 16)))
+        >>> [tensor.spec for tensor in portax.layouts.MaxTextVllm(version="0.2.5", tp=2).lower(block)]
+        [P(None, 'model')]
     """
 
     name: str = _static()

@@ -1,4 +1,4 @@
-"""How bytes move: pure, jitted functions of one layer's arrays.
+"""Kernels: pure, jitted functions that move the bytes of one layer's arrays.
 
 Inside a converter they are traced into one program per kind of layer; called alone they compile once per shape. They
 move elements and never compute with them. Converters give them bfloat16 as its bits; see `bits.to_bits`.
@@ -18,7 +18,12 @@ _LANES = 128  # a TPU vector register's minor dimension: what fused MoE kernels 
 
 
 def round_up(size: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is not below `size`."""
+    """Rounds a size up to a multiple of `multiple`.
+
+    Example:
+        >>> kernels.round_up(250, 64)
+        256
+    """
     return -(-size // multiple) * multiple
 
 
@@ -26,12 +31,17 @@ def round_up(size: int, multiple: int) -> int:
 def unscan(
     stack: Shaped[Array, "..."], position: Int[Array, " depth"], *, axes: tuple[int, ...]
 ) -> Shaped[Array, "..."]:
-    """One layer of a scanned stack; nothing but that layer is read or written.
+    """Takes one layer out of a scanned stack; reads and writes nothing but that layer.
 
     Args:
         stack: A leaf with one axis per level of scanning.
         position: Index on each scan axis.
         axes: The scan axes, in the order of `position`.
+
+    Example:
+        >>> stack = jnp.arange(6).reshape(2, 3)  # [embed, layers]
+        >>> print(kernels.unscan(stack, jnp.array([2]), axes=(1,)))
+        [2 5]
     """
     for level in sorted(range(len(axes)), key=lambda level: -axes[level]):
         stack = lax.dynamic_index_in_dim(
@@ -42,7 +52,12 @@ def unscan(
 
 @functools.partial(jax.jit, static_argnames=("axis", "multiple"), inline=True)
 def pad_axis(x: Shaped[Array, "..."], *, axis: int, multiple: int) -> Shaped[Array, "..."]:
-    """`x` with zeros appended on `axis` up to a multiple of `multiple`."""
+    """Appends zeros on `axis` up to a multiple of `multiple`.
+
+    Example:
+        >>> print(kernels.pad_axis(jnp.ones((1, 3), int), axis=1, multiple=4))
+        [[1 1 1 0]]
+    """
     missing = round_up(x.shape[axis], multiple) - x.shape[axis]
     if not missing:
         return x
@@ -51,10 +66,14 @@ def pad_axis(x: Shaped[Array, "..."], *, axis: int, multiple: int) -> Shaped[Arr
 
 @functools.partial(jax.jit, inline=True)
 def transpose(x: Shaped[Array, "rows columns"]) -> Shaped[Array, "columns rows"]:
-    """A matrix, transposed.
+    """Transposes a matrix.
 
     XLA's CPU backend spends most of a transpose on computing indices, element by element: raw bfloat16 goes there in
     pairs of rows, as one 32-bit number each (1.6x as fast; docs/performance.md).
+
+    Example:
+        >>> kernels.transpose(jnp.ones((2, 3))).shape
+        (3, 2)
     """
     if x.dtype != jnp.uint16 or x.shape[0] % 2:
         return x.T
@@ -82,9 +101,13 @@ def interleave(
     Args:
         parts: `[..., in, out_i]` kernels; every `out_i` a multiple of `shards`.
         shards: Tensor-parallel size.
-        multiple: What the width of each slice is padded to.
+        multiple: The width of each slice is padded to a multiple of this.
 
     Source: tpu-inference 0.32, layers/common/process_weights/linear_weights.py.
+
+    Example:
+        >>> print(kernels.interleave([jnp.array([[1, 2]]), jnp.array([[3, 4]])], shards=2))
+        [[1 3 2 4]]
     """
     batch = parts[0].shape[:-1]
     chunks = [part.shape[-1] // shards for part in parts]
@@ -104,7 +127,7 @@ def interleave(
 def ungroup(
     kernel: Shaped[Array, "in all"], *, groups: int, widths: tuple[int, ...]
 ) -> tuple[Shaped[Array, "in _"], ...]:
-    """Takes products apart that lie side by side within each group.
+    """Separates products that lie side by side within each group.
 
     ```
     2 groups, widths of a and b:   [a0 b0 | a1 b1]  ->  [a0 a1], [b0 b1]
@@ -112,8 +135,13 @@ def ungroup(
 
     Args:
         kernel: All groups.
-        groups: How many there are.
+        groups: Number of groups.
         widths: Width of each product within one group.
+
+    Example:
+        >>> a, b = kernels.ungroup(jnp.array([[1, 3, 2, 4]]), groups=2, widths=(1, 1))
+        >>> print(a, b)
+        [[1 2]] [[3 4]]
     """
     rows = kernel.shape[0]
     grouped = kernel.reshape(rows, groups, sum(widths))
@@ -124,12 +152,22 @@ def ungroup(
 
 
 def reverse_axes(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """`x` with its axes in reverse order: what torch and JAX call a convolution's kernel."""
+    """Reverses the axes of `x`: between torch's and JAX's form of a convolution's kernel.
+
+    Example:
+        >>> kernels.reverse_axes(jnp.ones((4, 1, 64))).shape
+        (64, 1, 4)
+    """
     return x.T
 
 
 def deinterleave(x: Shaped[Array, "*batch dim"]) -> Shaped[Array, "*batch dim"]:
-    """Rotary pairs from `[a0 b0 a1 b1 ...]` to halves, `[a0 a1 ... b0 b1 ...]`."""
+    """Reorders rotary pairs from `[a0 b0 a1 b1 ...]` to halves, `[a0 a1 ... b0 b1 ...]`.
+
+    Example:
+        >>> print(kernels.deinterleave(jnp.array([0, 10, 1, 11])))
+        [ 0  1 10 11]
+    """
     return jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
 
 
@@ -154,10 +192,15 @@ def pack_qkv(
         key: Key heads.
         value: Value heads.
         shards: Tensor-parallel size.
-        replicate_kv: With more shards than KV heads, whether each KV head is repeated for the shards that share it
-            (`shards` a multiple of the KV heads) or cut between them.
+        replicate_kv: With more shards than KV heads: True repeats each KV head for the shards that share it (`shards`
+            is a multiple of the KV heads), False cuts it between them.
 
     Source: tpu-inference 0.32, layers/vllm/custom_ops/linear.py (replication from 0.22 on).
+
+    Example:
+        >>> query, kv = jnp.array([[[1], [2]]]), jnp.array([[[3]]])  # [in, heads, head_dim]
+        >>> print(kernels.pack_qkv(query, kv, kv, shards=2, replicate_kv=True))
+        [[1 3 3 2 3 3]]
     """
     if replicate_kv and shards > key.shape[-2]:
         key, value = (jnp.repeat(x, shards // x.shape[-2], axis=-2) for x in (key, value))
@@ -171,7 +214,7 @@ def fuse_w13(
     shards: int,
     multiple: int = _LANES,
 ) -> Shaped[Array, "experts in fused"]:
-    """Fuses the gate and up kernels of all experts; each shard's slice of either is padded with zeros.
+    """Fuses the gate and up kernels of all experts, and pads each shard's slice of either with zeros.
 
     ```
     2 shards:   [gate0 0 up0 0 | gate1 0 up1 0]      every slice `width / shards`, padded to a multiple of 128
@@ -181,8 +224,12 @@ def fuse_w13(
         gate: Kernel of the activated branch.
         up: Kernel of the linear branch.
         shards: Tensor-parallel size; divides `width`.
-        multiple: What each slice is padded to.
+        multiple: The width of each slice is padded to a multiple of this.
 
     Source: tpu-inference 0.32, layers/common/process_weights/moe_weights.py.
+
+    Example:
+        >>> print(kernels.fuse_w13(jnp.array([[[1, 2]]]), jnp.array([[[3, 4]]]), shards=2, multiple=1))
+        [[[1 3 2 4]]]
     """
     return interleave([gate, up], shards=shards, multiple=multiple)

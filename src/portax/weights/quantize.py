@@ -82,7 +82,7 @@ def limits(dtype: Any) -> tuple[np.float32, np.float32]:
 
 
 def is_integer(dtype: Any) -> bool:
-    """Whether a quantised dtype has no fraction."""
+    """Tells whether a quantised dtype is an integer type."""
     return jnp.dtype(dtype).name.startswith("int")
 
 

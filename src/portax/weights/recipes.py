@@ -79,7 +79,7 @@ def channel(x: Float[Array, "*batch in out"], *, dtype: Any) -> Quantised:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a checkpoint of the hub is quantised.
+    """A way in which checkpoints of the hub are quantised.
 
     Attributes:
         make: Makes weights and scales.

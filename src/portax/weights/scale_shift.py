@@ -1,4 +1,4 @@
-"""The one place where values change: a trainer may keep a weight scaled or shifted against the hub."""
+"""`ScaleShift`: the one place where values change. A trainer may keep a weight scaled or shifted against the hub."""
 
 import dataclasses
 
@@ -11,15 +11,19 @@ from portax.weights import bits
 
 @dataclasses.dataclass(frozen=True)
 class ScaleShift:
-    """The hub's value is `(trainer's value - minus) * times / over`.
+    """Makes the hub's value of the trainer's: `(trainer's value - minus) * times / over`.
 
-    In float32, and rounded once to the trainer's dtype, as MaxText's own exporter does it. That runs under XLA, which
-    multiplies with the reciprocal of a divisor; here it is spelled out, so that no backend decides.
+    It computes in float32 and rounds once to the trainer's dtype, as MaxText's own exporter does. A division is a
+    multiplication by the reciprocal, as XLA compiles the exporter's; it is spelled out, so that no backend decides.
 
     Attributes:
-        minus: What is subtracted.
-        times: What the rest is multiplied with.
-        over: What that is divided by.
+        minus: Number to subtract.
+        times: Number to multiply by.
+        over: Number to divide by.
+
+    Example:
+        >>> print(ScaleShift(minus=1.0)(jnp.array([1.0, 1.5])))  # a norm that the trainer keeps as 1 + weight
+        [0.  0.5]
     """
 
     minus: float = 0.0
@@ -27,7 +31,7 @@ class ScaleShift:
     over: float = 1.0
 
     def __call__(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        """The hub's values; raw bfloat16 comes and goes raw."""
+        """Returns the hub's values; raw bfloat16 stays raw."""
         trainer = bits.from_bits(x)
         values = trainer.astype(jnp.float32)
         if self.minus != 0.0:
@@ -39,9 +43,9 @@ class ScaleShift:
         return bits.to_bits(values.astype(trainer.dtype))
 
     def inverse(self, y: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-        """Trainer's values whose hub values are these.
+        """Returns trainer's values that have these hub values.
 
-        What rounding lost stays lost: of several values that round to the same one, any may be the answer.
+        Rounding cannot be undone: of several values that round to the same one, any may be returned.
         """
         wide = y.astype(np.float32) * np.float32(self.over) / np.float32(self.times) + np.float32(self.minus)
         found = guess = wide.astype(y.dtype)
