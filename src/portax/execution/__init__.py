@@ -1,1 +1,1 @@
-"""A plan carried out: one compiled program for each group of equal layers."""
+"""Running plans: one compiled program for each group of equal layers."""

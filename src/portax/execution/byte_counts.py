@@ -1,4 +1,4 @@
-"""Numbers of bytes that callers give, such as `bucket_bytes`: checked in one place, before anything else is done."""
+"""Checks of sizes in bytes that callers give, such as `bucket_bytes`."""
 
 import operator
 from typing import Any
@@ -7,14 +7,14 @@ from portax.errors import ConfigError
 
 
 def byte_count(name: str, value: Any) -> int:
-    """Returns a number of bytes that is one.
+    """Checks and returns a number of bytes.
 
     Args:
-        name: What the caller calls it, e.g. `bucket_bytes`.
-        value: What was given: a whole number of Python or numpy.
+        name: The caller's name for it, e.g. `bucket_bytes`.
+        value: The number: an integer of Python or numpy.
 
     Raises:
-        ConfigError: It is no whole number, or less than 1.
+        ConfigError: The value is no integer, or less than 1.
     """
     try:
         count = None if isinstance(value, bool) else operator.index(value)
@@ -30,7 +30,7 @@ def parse_byte_count(name: str, text: str) -> int:
 
     Args:
         name: The option, e.g. `--bucket-bytes`.
-        text: What stands behind it.
+        text: Its value.
 
     Raises:
         ConfigError: As `byte_count`.

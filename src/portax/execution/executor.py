@@ -1,4 +1,4 @@
-"""Carries out a plan: one compiled program for each group of layers, a bounded number of layers at a time."""
+"""Runs a plan: one compiled program for each group of layers, a bounded number of layers at a time."""
 
 import collections
 import dataclasses
@@ -45,14 +45,14 @@ Targets: TypeAlias = tuple[Sharding, ...] | None
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedCall:
-    """A call with everything that does not change from one tree to the next.
+    """A program call, with everything that does not change from one tree to the next.
 
     Attributes:
-        call: What is made.
-        program: Makes it; to be called with the layer's arrays, its position, and donors.
+        call: The leaves to make.
+        program: Makes them, from the layer's arrays, its position, and donors.
         position: Index of the layer on each scan axis, on the source's devices.
         wanted: Partitioning of each result in the program; None leaves it to the compiler.
-        results: The shardings that results get, which may spell the same otherwise.
+        results: The shardings that results get; the same partitioning, perhaps spelled in another way.
     """
 
     call: ProgramCall
@@ -65,8 +65,8 @@ class PreparedCall:
         """Makes the tensors.
 
         Args:
-            inputs: The tree that they are made of.
-            donors: Arrays whose buffers the results take over, partitioned as the results, on the source's devices.
+            inputs: The inputs of the tree.
+            donors: Arrays whose buffers the results take over, with the results' partitioning, on the source's devices.
         """
         outputs = self.program(inputs.arrays(self.call), self.position, tuple(map(automatic_axes, donors)))
         if self.results is None:
@@ -76,7 +76,7 @@ class PreparedCall:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conversion:
-    """A plan, the weights that it is for, and the executor that carries it out.
+    """A plan, the weights that it is for, and the executor that runs it.
 
     Attributes:
         plan: The plan.
@@ -91,19 +91,19 @@ class Conversion:
     executor: "Executor"
 
     def check(self) -> None:
-        """Raises a `PlanError` if leaves cannot be converted, or padding that is cut off is not zero."""
+        """Raises a `PlanError` if leaves cannot be converted, or if padding is not zero."""
         check_arrays(self.tree)
         self.executor.check_padding(self.tree, self.groups)
 
     def calls(self, bucket_bytes: int | None) -> tuple[ProgramCall, ...]:
-        """Returns the work, in order: a layer at a time, or parts of one that need no more memory than a bucket.
+        """Returns the work, in order: a layer at a time, or parts of a layer that need no more memory than a bucket.
 
-        What moves between devices is there twice, as it is sent and as it arrives: a call makes half a bucket.
+        Arrays that move between devices exist twice, as sent and as received: so a call makes half a bucket.
         """
         return self.executor.calls(self.plan, self.groups, bucket_bytes and max(bucket_bytes // 2, 1))
 
     def inputs(self, mesh: Mesh | None = None) -> Inputs:
-        """Returns what gives calls their arguments; `mesh` is where leaves on disk are read to."""
+        """Returns the arguments of calls; leaves on disk are read to `mesh`."""
         return Inputs(self.tree, mesh)
 
     def buckets(
@@ -112,12 +112,12 @@ class Conversion:
         """Yields all weights, or some of them, each bucket made when it is asked for.
 
         Args:
-            bucket_bytes: Most bytes in a bucket, where leaves permit; None makes each layer a bucket.
-            only: Names of the weights that are wanted; None for all.
+            bucket_bytes: Most bytes in a bucket, if leaves permit; None makes each layer a bucket.
+            only: Names of the weights to make; None for all.
             by_stack: In the order of the trainer's stacks on disk instead of layer by layer; see `schedule`.
 
         Raises:
-            PlanError: There are shapes in place of values, or leaves on different devices.
+            PlanError: The tree has shapes instead of values, or leaves on different devices.
         """
         self.check()
         work = schedule(self.plan, self.groups, bucket_bytes, only, stacks_of=self.tree.leaves if by_stack else None)
@@ -163,7 +163,7 @@ class Executor:
         Args:
             conversion: The tree, and its plan.
             work: The calls.
-            bucket_bytes: Most bytes in a bucket, where leaves permit; None makes each call a bucket.
+            bucket_bytes: Most bytes in a bucket, if leaves permit; None makes each call a bucket.
         """
         inputs = conversion.inputs(self._read_mesh(conversion.tree))
         in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
@@ -185,7 +185,7 @@ class Executor:
         yield bucket
 
     def _read_mesh(self, tree: ParamTree) -> Mesh | None:
-        """Where leaves on disk are read to: the devices of those that are on some, or else of the results."""
+        """Returns the mesh that leaves on disk are read to: of leaves that are on devices, or else of the results."""
         source = tree_sharding(tree)
         on = mesh_of(source) if source is not None else self._mesh
         return None if on is None else mesh_of(automatic(NamedSharding(on, jax.sharding.PartitionSpec())))
@@ -291,7 +291,7 @@ def _make(
     position: Shaped[Array, " depth"],
     donors: Arrays,
 ) -> Arrays:
-    """The program: reads the layer's own leaves, asks what they are, and lowers that to the engine's tensors."""
+    """Traces the program: reads the layer's leaves, calls the hooks, and lowers the blocks to the engine's tensors."""
     group = call.group
     zero = position[0] < 0  # false, in a way that no compiler can know
     given = dict(zip(call.needs, zip(arrays, shapes, strict=True), strict=True))
@@ -319,7 +319,7 @@ def _make(
 
 
 def _own(group: LayerGroup, path: str, array: Any, described: Input, position: Any, zero: Any) -> Shaped[Array, "..."]:
-    """One layer's own leaf, bfloat16 as its bits."""
+    """Returns one layer's own leaf, bfloat16 as its bits."""
     own = bits.to_bits(array)
     if group.scan and not described.is_slice:
         first = group.scan_axis(path)
@@ -330,7 +330,7 @@ def _own(group: LayerGroup, path: str, array: Any, described: Input, position: A
 
 
 def _held(trace: HookTrace, cuts: list[Cuts | None], mesh: Any) -> Iterator[NamedSharding | None]:
-    """The trainer's partitioning of each array of the blocks, where it is known."""
+    """Returns the trainer's partitioning of each array of the blocks, where it is known."""
     if mesh is None:
         return iter([None] * len(trace.jaxpr.out_avals))
     found = forwards(trace.jaxpr.jaxpr, [*cuts, None], dict(mesh.shape))
@@ -342,13 +342,13 @@ def _mesh(targets: tuple[Sharding, ...]) -> Mesh | None:
 
 
 def _key(call: ProgramCall, shapes: tuple[Input, ...], wanted: Targets, donating: bool) -> tuple[Any, ...]:
-    """Equal for calls that one compiled program makes."""
+    """Returns a key that is equal for calls of one compiled program."""
     arguments = tuple((each.shape.shape, each.shape.dtype, each.shape.sharding, each.is_slice) for each in shapes)
     return _signature(call.group), call.tensors.start, call.tensors.stop, arguments, wanted, donating
 
 
 def _signature(group: LayerGroup) -> tuple[Any, ...]:
-    """Equal for groups that the same programs convert."""
+    """Returns a key that is equal for groups with the same programs."""
     shapes = tuple(
         (own_shape(tuple(leaf.shape), axis, group.scan), np.dtype(leaf.dtype))
         for leaf, axis in zip(group.shapes, group.scan_axes, strict=True)

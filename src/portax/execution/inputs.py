@@ -1,4 +1,4 @@
-"""A program's arguments: the leaves of one layer, sliced if they are in host memory, read if they are on disk."""
+"""Arguments of programs: the leaves of one layer, sliced if they are in host memory, read if they are on disk."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class Input:
 
     Attributes:
         shape: Shape and dtype, and sharding if it is on devices.
-        is_slice: Whether it is one layer's slice already, and not the stack.
+        is_slice: True if it is already one layer's slice, and not the stack.
         own: The partitioning of the layer's own slice; None for a leaf that is not spread over devices.
     """
 
@@ -40,9 +40,9 @@ class Input:
 
 
 class Inputs:
-    """Gives program calls their arguments, from one tree.
+    """The arguments of program calls, from one tree.
 
-    What is read from disk or the host for one part of a layer is kept for the layer's other parts, and no longer.
+    Arrays that are read from disk or the host for one part of a layer are kept for the layer's other parts only.
     """
 
     def __init__(self, tree: ParamTree, mesh: Mesh | None):
@@ -50,7 +50,7 @@ class Inputs:
 
         Args:
             tree: The trainer's tree.
-            mesh: Where leaves on disk are read to, each device its share alone; None for the default device.
+            mesh: The mesh that leaves on disk are read to, each device only its share; None for the default device.
         """
         self._tree = tree
         self._mesh = mesh
@@ -134,19 +134,19 @@ def _default_sharding() -> Sharding:
 
 
 def _single(sharding: Any) -> Sharding:
-    """The same devices' own memory, for a leaf that is on one of them."""
+    """Returns the devices' own memory, for a leaf that is on one device."""
     return (
         SingleDeviceSharding(next(iter(sharding.device_set))) if len(sharding.device_set) == 1 else on_device(sharding)
     )
 
 
 def _rest(shape: tuple[int, ...], at: _Index) -> tuple[int, ...]:
-    """Shape of a leaf's part: its axes without those that a number picks from."""
+    """Returns the shape of a leaf's part: without the axes at which a number picks one element."""
     return tuple(size for i, size in enumerate(shape) if i >= len(at) or isinstance(at[i], slice))
 
 
 def _within(at: _Index, part: tuple[slice, ...]) -> tuple[int | slice, ...]:
-    """The index in a stack of a part of one layer's slice."""
+    """Returns the index in a stack of a part of one layer's slice."""
     parts = iter(part)
     return tuple(next(parts) if isinstance(where, slice) else where for where in at) + tuple(parts)
 
@@ -168,7 +168,7 @@ def _read(leaf: LazyArray, at: _Index, mesh: Mesh | None) -> jax.Array:
 
 
 def _from_host(leaf: jax.Array, at: _Index, sharding: Sharding) -> jax.Array:
-    """One layer's slice of a leaf in the host's memory, on its devices; shard by shard, if no scan axis is cut."""
+    """Copies one layer's slice of a leaf from host memory to its devices; shard by shard, if no scan axis is cut."""
     shape = _rest(leaf.shape, at)
     shards: Mapping[jax.Device, Any] = {shard.device: shard for shard in leaf.addressable_shards}
     scanned = [axis for axis, where in enumerate(at) if not isinstance(where, slice)]

@@ -1,4 +1,4 @@
-"""The way back: a trainer's tree from the tensors that a converter makes of it."""
+"""Restoration: a trainer's tree from the tensors that a converter makes of it."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ _BITS: dict[int, Any] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 
 class _Inputs(LayerParams):
-    """Parameters that are handed to the hooks as they are, so that what the hooks do is linear in them."""
+    """Parameters that reach the hooks unchanged, so that the hooks are linear in them."""
 
     def __init__(self, values: Mapping[str, Any], config: ModelConfig, types: frozenset[str]):
         super().__init__(values, config, types=types)
@@ -36,10 +36,10 @@ class _Inputs(LayerParams):
 
 
 class Restoration:
-    """A planned way back, to be carried out layer by layer.
+    """A planned restoration of a trainer's tree, to run layer by layer.
 
-    Nothing is written a second time: the hooks and the layout only move elements, which is linear, so the transpose of
-    what they do is its inverse. Values that the hooks scale or shift are computed back, see `ScaleShift.inverse`.
+    No inverse is written by hand: hooks and layout only move elements, which is linear; the transpose is the inverse.
+    Values that the hooks scale or shift are computed back, see `ScaleShift.inverse`.
 
     Attributes:
         leaves: Shape and dtype of every leaf of the trainer's tree, by path. A stack has the dtype that holds the
@@ -72,10 +72,10 @@ class Restoration:
                 self.scan_axes[path] = tuple(range(first, first + len(layer.scan)))
 
     def __iter__(self) -> Iterator[tuple[LayerSlice, Tree]]:
-        """Each layer, and its own part of its leaves, by full path.
+        """Yields each layer, and its own part of its leaves by full path.
 
         Raises:
-            LayoutError: The layout holds elements more than once, or not at all; before the first layer.
+            LayoutError: The layout holds some elements more than once, or not at all; before the first layer.
         """
         inverses = [_Inverse(self._hooks, group) for group in self._groups]
         entries = iter(self._plan.entries)
@@ -95,7 +95,7 @@ class Restoration:
         return layer.at(min(self.scan_axes[path], default=0)) or ...
 
     def tree(self) -> Tree:
-        """All leaves, in memory."""
+        """Returns all leaves, in memory."""
         tree = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in self.leaves.items()}
         for layer, leaves in self:
             for path, leaf in leaves.items():
@@ -104,7 +104,7 @@ class Restoration:
 
 
 class _Inverse:
-    """From the tensors of one layer to its leaves, for all layers of one group."""
+    """The inverse of one group's programs: from the tensors of a layer to its leaves."""
 
     def __init__(self, hooks: Hooks, group: LayerGroup):
         self._scale_shifts: dict[str, ScaleShift] = {}
@@ -151,7 +151,7 @@ class _Inverse:
 
 
 def _types(entries: Iterable[Entry], weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The dtype of every tensor, and of every leaf: the one that holds the values of all tensors it is made of."""
+    """Returns the dtype of every tensor, and of every leaf: one that holds the values of all its tensors."""
     types: dict[str, Any] = {entry.name: np.dtype(weights[entry.name].dtype) for entry in entries}
     links = [(entry.name, source) for entry in entries for source in entry.sources]
     changed = True
@@ -165,7 +165,7 @@ def _types(entries: Iterable[Entry], weights: Mapping[str, Any]) -> dict[str, An
 
 
 def _check(hooks: Hooks, plan: Plan, weights: Mapping[str, Any]) -> None:
-    """Raises a `PlanError` unless the tensors are those of the plan, but for such as the trainer has nothing for."""
+    """Raises a `PlanError` unless the tensors are those of the plan, apart from those that no trainer has."""
     problems = []
     expected = {entry.name: entry for entry in plan.entries}
     for name, entry in expected.items():
@@ -190,7 +190,7 @@ def _check(hooks: Hooks, plan: Plan, weights: Mapping[str, Any]) -> None:
 
 
 def _repeats(name: str, entries: Iterable[Entry], weights: Mapping[str, Any]) -> bool:
-    """Whether a tensor is a copy of one outside the layers: a tied head that was saved all the same."""
+    """Tells whether a tensor is a copy of one outside the layers: a tied head that was saved all the same."""
     same = [entry.name for entry in entries if entry.shape == tuple(weights[name].shape) and entry.name in weights]
     return any(_bytes(weights[name]) == _bytes(weights[other]) for other in same)
 

@@ -1,4 +1,4 @@
-"""An array from one partitioning to another in rounds, in each of which every device sends one piece and gets one.
+"""Reshards an array in rounds: in each round every device sends one piece and receives one.
 
 Every element travels at most once, straight to where it belongs. XLA's own way is a chain of collectives, each for an
 axis of a mesh; where both partitionings cut the same dimension, but over different devices, that moves most of an
@@ -27,16 +27,16 @@ _Fine: TypeAlias = dict[str, tuple[str, ...]]  # the finer axes that a mesh axis
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Exchange:
-    """Who sends what to whom.
+    """The rounds of a reshard: every sender, receiver and piece.
 
     Attributes:
         mesh: The devices, with axes fine enough to name both partitionings.
         source: The array's partitioning.
-        target: The one that it gets.
-        piece: Shape of what is sent at a time.
-        rounds: Of each round, pairs of a sender and a receiver: every device once as either, some to themselves.
-        take: Per round and device, where in its shard the piece begins that it sends.
-        put: Per round and device, where in its new shard the piece begins that it gets.
+        target: Its new partitioning.
+        piece: Shape of a piece.
+        rounds: Pairs of a sender and a receiver in each round: every device once as either, some to themselves.
+        take: Start of the sent piece in the device's shard, per round and device.
+        put: Start of the received piece in the device's new shard, per round and device.
     """
 
     mesh: Mesh
@@ -48,7 +48,7 @@ class Exchange:
     put: Int[np.ndarray, "rounds devices dims"]
 
     def __call__(self, array: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        """The array in its new partitioning; to be traced."""
+        """Returns the array in its new partitioning; for tracing."""
         names = self.mesh.axis_names
         shard = NamedSharding(self.mesh, self.target).shard_shape(array.shape)
 
@@ -67,12 +67,12 @@ class Exchange:
 
 @functools.lru_cache(maxsize=4096)
 def exchange(shape: tuple[int, ...], source: NamedSharding, target: NamedSharding) -> Exchange | None:
-    """How to get there in rounds; None where XLA's own way is as short, or where it would take too many.
+    """Plans a reshard in rounds; returns None if XLA's own way is as short, or if there would be too many rounds.
 
     Args:
         shape: Shape of the array.
         source: Its partitioning.
-        target: The one that it should get, on the same devices.
+        target: Its new partitioning, on the same devices.
     """
     common = _common(source.mesh, target.mesh)
     if common is None:
@@ -121,7 +121,7 @@ def _matching(edges: set[tuple[int, int]], devices: int) -> tuple[tuple[int, int
 
 
 def _pieces(shape: tuple[int, ...], sharding: NamedSharding, piece: tuple[int, ...]) -> list[list[tuple[int, ...]]]:
-    """Of every device, in order, the pieces that its shard is made of, by their number in each dimension."""
+    """Returns the pieces of every device's shard, in order, by their number in each dimension."""
     indices = sharding.devices_indices_map(shape)
     return [
         list(
@@ -141,7 +141,7 @@ def _start(index: tuple[int, ...], first: tuple[int, ...], piece: tuple[int, ...
 
 
 def _nested(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    """Whether one partitioning of a dimension refines the other in place, so that shards only split or join."""
+    """Tells whether one partitioning of a dimension refines the other in place, so that shards only split or join."""
     shared = min(len(one), len(other))
     return one[:shared] == other[:shared]
 
@@ -157,9 +157,9 @@ def _cuts(spec: PartitionSpec, ndim: int, fine: _Fine) -> _Cuts:
 
 @functools.cache
 def _common(one: Any, other: Any) -> tuple[Mesh, _Fine, _Fine] | None:
-    """A mesh of the same devices that has an axis for every factor of either's axes, and what they are called in it.
+    """Returns a mesh with an axis for every factor of either's axes, and the names of both meshes' axes in it.
 
-    None if they have other devices, or another order, or axes without common factors.
+    It is None if they differ in devices or their order, or if axes have no common factors.
     """
     if one.devices.size != other.devices.size or (one.devices.ravel() != other.devices.ravel()).any():
         return None
@@ -181,6 +181,6 @@ def _common(one: Any, other: Any) -> tuple[Mesh, _Fine, _Fine] | None:
 
 
 def _strides(mesh: Mesh) -> dict[str, tuple[int, int]]:
-    """From which distance of devices to which every axis reaches."""
+    """Returns the stride of each axis in the order of devices, and the stride at which it ends."""
     ends = [math.prod(mesh.devices.shape[i:]) for i in range(mesh.devices.ndim + 1)]
     return {axis: (ends[i + 1], ends[i]) for i, axis in enumerate(mesh.axis_names)}

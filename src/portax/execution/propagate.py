@@ -1,8 +1,8 @@
 """Carries partitionings through a program that moves elements: from its inputs on, or from its results back.
 
-Packing moves nothing between devices if each part is cut as the packed array is. A layout says how the packed array is
-cut; this finds how its parts are. In the same way, the trainer's partitioning of a leaf tells that of the parts which a
-hook makes of it.
+Packing moves nothing between devices if each part is cut like the packed array. A layout gives the cuts of the packed
+array; this module finds those of its parts. In the same way, it finds the cuts of the parts that a hook makes of a
+leaf from the leaf's partitioning.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from portax.planning.trace import inner_program
 from portax.trainer.layer_params import SCALED_NAME
 
 Cuts: TypeAlias = tuple[tuple[str, ...], ...]
-"""For each dimension, the mesh axes that cut it."""
+"""The mesh axes that cut each dimension."""
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -26,21 +26,21 @@ _RESHAPES = frozenset(("reshape", "squeeze", "expand_dims"))
 
 
 def cuts_of(spec: PartitionSpec, ndim: int) -> Cuts:
-    """Returns the cuts that a spec says, for every dimension."""
+    """Returns the mesh axes that cut each dimension, given a spec."""
     return tuple(axes_of(cut) for cut in (*spec, *[None] * (ndim - len(spec))))
 
 
 def spec_of(cuts: Cuts) -> PartitionSpec:
-    """Returns the spec that says these cuts."""
+    """Returns the spec of these cuts."""
     return PartitionSpec(*(axes or None for axes in cuts))
 
 
 def forwards(jaxpr: Jaxpr, cuts: Sequence[Cuts | None], sizes: dict[str, int]) -> list[Cuts | None]:
-    """Finds how each result of a program is cut, given its inputs' cuts; None where that is not known.
+    """Finds the cuts of each result of a program, given its inputs' cuts; None if they are unknown.
 
     Args:
         jaxpr: The program.
-        cuts: The cuts of each input; None where they are not known.
+        cuts: The cuts of each input; None if they are unknown.
         sizes: Size of each mesh axis.
     """
     known: dict[Any, Cuts | None] = dict(zip(jaxpr.invars, cuts, strict=True))
@@ -56,7 +56,7 @@ def forwards(jaxpr: Jaxpr, cuts: Sequence[Cuts | None], sizes: dict[str, int]) -
 
 
 def _forwards(equation: Any, given: list[Cuts | None], shape: Shape, sizes: dict[str, int]) -> Cuts | None:
-    """All inputs that reach a result have to agree."""
+    """Returns the cuts that all inputs of a result agree on."""
     through = [
         _through(equation, cuts, _shape(atom), shape, sizes, back=False) if cuts is not None else None
         for atom, cuts in zip(equation.invars, given, strict=True)
@@ -66,11 +66,11 @@ def _forwards(equation: Any, given: list[Cuts | None], shape: Shape, sizes: dict
 
 
 def backwards(jaxpr: Jaxpr, cuts: Sequence[Cuts | None], sizes: dict[str, int]) -> list[Cuts | None]:
-    """Finds how each input of a program is best cut, given its results' cuts; None where no cut does for all.
+    """Finds the best cuts for each input of a program, given its results' cuts; None if no cut suits all results.
 
     Args:
         jaxpr: The program.
-        cuts: The cuts of each result; None where any will do.
+        cuts: The cuts of each result; None if any will do.
         sizes: Size of each mesh axis.
     """
     wanted: dict[Any, Cuts | None] = {}
@@ -109,7 +109,7 @@ def _shape(atom: Any) -> Shape:
 def _through(
     equation: Any, cuts: Cuts, source: Shape, target: Shape, sizes: dict[str, int], *, back: bool
 ) -> Cuts | None:
-    """The cuts on the other side of one equation; None where shards would have to exchange elements."""
+    """Returns the cuts on the other side of one equation; None if shards would have to exchange elements."""
     name, params = equation.primitive.name, equation.params
     if name in _ELEMENTWISE or params.get("name") == SCALED_NAME:
         return cuts if source == target else None

@@ -1,4 +1,4 @@
-"""Puts the arrays of a block where the engine has them, inside a program: moved as parts, and then packed in place."""
+"""Moves the arrays of a block to the engine's devices, inside a program: first as parts, then packed in place."""
 
 import math
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from portax.weights.blocks import Block
 def lower(
     layout: Layout, block: Block, mesh: Mesh | None, held: Sequence[NamedSharding | None], zero: Any
 ) -> list[Shaped[Array, "..."]]:
-    """Makes the engine's arrays of one block, partitioned as the layout says; to be traced.
+    """Makes the engine's arrays of one block, with the layout's partitioning; for tracing.
 
     Args:
         layout: The layout.
         block: The block.
-        mesh: Where arrays go; None leaves them where they are.
-        held: The partitioning of each of the block's arrays, where it is known.
+        mesh: The mesh that arrays go to; None leaves them where they are.
+        held: The partitioning of each of the block's arrays; None if it is unknown.
         zero: See `bits.pin_bits`.
     """
     parts, tree = jax.tree.flatten(layout.cast(block))
@@ -52,14 +52,14 @@ def lower(
 
 
 def _moved(part: Any, mesh: Mesh, cuts: Cuts | None, held: NamedSharding | None, zero: Any) -> Shaped[Array, "..."]:
-    """A part, cut as it will be packed; its bits are pinned first, else what moves is what it was cast from."""
+    """Moves a part to the partitioning that packing needs, with its bits pinned: else XLA moves it before its cast."""
     return _spread(bits.pin_bits(part, zero), mesh, spec_of(cuts or ()), held)
 
 
 def _spread(
     array: Shaped[Array, "..."], mesh: Mesh, spec: PartitionSpec, held: NamedSharding | None
 ) -> Shaped[Array, "..."]:
-    """Partitions an array in two steps: over all of the mesh first, then as the engine replicates it.
+    """Partitions an array in two steps: over all of the mesh first, then with the engine's replication.
 
     In one step XLA may gather whole arrays; and without the constraint it would move the cast back to floats, and with
     it the communication, in front of the packing.
@@ -72,7 +72,7 @@ def _spread(
 
 
 def _everywhere(shape: tuple[int, ...], mesh: Mesh, spec: PartitionSpec) -> PartitionSpec:
-    """The same, cut further over the axes that would hold copies, if a dimension permits."""
+    """Cuts the partitioning further over the axes that would hold copies, if a dimension permits."""
     axes = [*spec, *[None] * (len(shape) - len(spec))]
     used = {axis for cut in axes for axis in axes_of(cut)}
     spare = tuple(axis for axis, size in mesh.shape.items() if axis not in used and size > 1)

@@ -1,4 +1,4 @@
-"""The calls that a conversion consists of: which tensors each of them makes, and in which order."""
+"""The calls of a conversion: the tensors that each call makes, and the order of calls."""
 
 import dataclasses
 import functools
@@ -15,14 +15,14 @@ _OfLayer: TypeAlias = tuple[LayerSlice, tuple[Entry, ...]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ProgramCall:
-    """One call of a program, which makes some of the tensors of one layer.
+    """One call of a program, which makes some tensors of one layer.
 
     Attributes:
         group: The group that the layer belongs to.
         layer: The layer.
-        tensors: Which of the layer's tensors.
+        tensors: Indices of its tensors among the layer's.
         entries: Those tensors, as planned.
-        last: Whether the next call is for another layer.
+        last: True if the next call is for another layer.
         frees: Paths of leaves that no later call reads.
     """
 
@@ -35,17 +35,17 @@ class ProgramCall:
 
     @functools.cached_property
     def nbytes(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of its tensors."""
         return sum(entry.nbytes for entry in self.entries)
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """Names of all of them."""
+        """Names of its tensors."""
         return tuple(entry.name for entry in self.entries)
 
     @functools.cached_property
     def needs(self) -> tuple[str, ...]:
-        """Leaves that they are made of, relative to the layer."""
+        """The leaves that its tensors are made of, relative to the layer."""
         sources = {source for entry in self.entries for source in entry.sources}
         ends = {path: self.layer.path(path) for path in self.group.paths}
         return tuple(path for path, end in ends.items() if any(source.endswith(end) for source in sources))
@@ -59,15 +59,15 @@ def schedule(
     *,
     stacks_of: Mapping[str, Any] | None = None,
 ) -> Iterator[ProgramCall]:
-    """Yields the calls of a plan, in order: a layer at a time, or parts of one that is larger than a bucket.
+    """Yields the calls of a plan, in order: a layer at a time, or parts of a layer that is larger than a bucket.
 
     Args:
         plan: The plan.
-        groups: The groups that it is of.
+        groups: The groups of the plan.
         bucket_bytes: Most bytes that a call makes, unless it makes one tensor; None for no limit.
-        only: Names of the tensors that are wanted; None for all.
-        stacks_of: The leaves of the tree, if a stack on disk is to be done with, in all its layers, before the next one
-            is begun; None to go layer by layer.
+        only: Names of the tensors to make; None for all.
+        stacks_of: The leaves of the tree, to finish each stack on disk, in all its layers, before the next one; None to
+            go layer by layer.
     """
     entries = iter(plan.entries)
     for group, count in zip(groups, plan.tensors_per_layer, strict=True):
@@ -98,7 +98,7 @@ def _on_disk(group: LayerGroup, leaves: Mapping[str, Any]) -> bool:
 
 
 def _by_container(of_layer: Iterable[_OfLayer]) -> Iterable[list[_OfLayer]]:
-    """The layers of each stack."""
+    """Groups layers by their stack."""
     stacks: dict[str, list[_OfLayer]] = {}
     for layer, entries in of_layer:
         stacks.setdefault(layer.container, []).append((layer, entries))
@@ -106,7 +106,7 @@ def _by_container(of_layer: Iterable[_OfLayer]) -> Iterable[list[_OfLayer]]:
 
 
 def _by_source(entries: tuple[Entry, ...]) -> Iterator[slice]:
-    """The shortest runs of tensors such that no leaf is in two of them."""
+    """Returns the shortest runs of tensors such that no leaf is in two of them."""
     last = {source: i for i, entry in enumerate(entries) for source in entry.sources}
     start = end = 0
     for i, entry in enumerate(entries):
@@ -121,7 +121,7 @@ def _read_by(work: Iterable[ProgramCall]) -> tuple[str, ...]:
 
 
 def _cuts(entries: tuple[Entry, ...], of: slice, most: int | None, only: Container[str] | None) -> Iterator[slice]:
-    """Runs of wanted tensors."""
+    """Cuts the wanted tensors into runs."""
     start, size = of.start, 0
     for i in range(of.start, of.stop):
         entry = entries[i]

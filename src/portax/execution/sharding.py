@@ -33,7 +33,7 @@ def check_arrays(tree: ParamTree) -> None:
 
 
 def is_on_host(sharding: Sharding | None) -> bool:
-    """Whether arrays with this sharding are in the host's memory, where no program can read them."""
+    """Tells whether arrays with this sharding are in the host's memory, where no program can read them."""
     kind = getattr(sharding, "memory_kind", None)
     return kind is not None and kind != _default_memory_kind(next(iter(sharding.device_set)))  # type: ignore[union-attr]
 
@@ -66,7 +66,7 @@ def without_scan_axes(sharding: Sharding | None, ndim: int, scan_axis: int, coun
 
 
 def reachable(source: Sharding | None, targets: tuple[Sharding, ...] | None) -> tuple[Sharding, ...] | None:
-    """Returns shardings like the targets on the source's devices; None if a program there cannot make such.
+    """Returns shardings like the targets on the source's devices; None if no program there can make them.
 
     With as many devices as the targets have, or a multiple, every shard of a target is whole on some device of the
     source: otherwise JAX moves arrays by way of the host.
@@ -82,7 +82,7 @@ def reachable(source: Sharding | None, targets: tuple[Sharding, ...] | None) -> 
 
 
 def _repeated(target: NamedSharding, devices: np.ndarray) -> NamedSharding:
-    """The same on other devices, as often as they suffice for it."""
+    """Returns the same sharding on other devices, repeated as often as they suffice."""
     shape, names = target.mesh.devices.shape, target.mesh.axis_names
     if len(devices) > target.mesh.size:
         shape, names = (-1, *shape), ("repeated", *names)
@@ -90,7 +90,7 @@ def _repeated(target: NamedSharding, devices: np.ndarray) -> NamedSharding:
 
 
 def spread(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Cuts over all of the mesh along the largest axis that it divides; else puts a copy on each device.
+    """Returns a sharding over all of the mesh, along the largest axis that it divides; else a copy on each device.
 
     Args:
         shape: Shape of an array.
@@ -103,7 +103,7 @@ def spread(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 @functools.lru_cache
 def _auto(mesh: Mesh) -> Mesh:
-    """The same devices and axes, partitioned by the compiler: constraints and packing need no types for that."""
+    """Returns the same mesh with automatic axes: constraints and packing need no axis types."""
     return Mesh(mesh.devices, mesh.axis_names)
 
 
@@ -123,7 +123,7 @@ def mesh_of(sharding: Sharding | None) -> Mesh | None:
 
 
 def automatic_axes(leaf: Any) -> Any:
-    """Returns an array, or a shape, with automatic axes; nothing is copied."""
+    """Returns an array, or a shape, with automatic axes; copies nothing."""
     if (own := getattr(leaf, "sharding", None)) is None or (sharding := automatic(own)) == own:
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -132,7 +132,7 @@ def automatic_axes(leaf: Any) -> Any:
 
 
 def on_sharding(leaf: jax.Array, sharding: Sharding) -> jax.Array:
-    """Returns the same shards under a sharding that differs in its spelling or its axes' types; nothing is copied."""
+    """Returns the same shards under a sharding with another spelling or other axis types; copies nothing."""
     if leaf.sharding == sharding:
         return leaf
     shards = [shard.data for shard in leaf.addressable_shards]
@@ -147,7 +147,7 @@ def device_order(sharding: Sharding) -> tuple[jax.Device, ...]:
 
 
 def replicated(sharding: Sharding) -> Sharding:
-    """Returns a copy on each of a sharding's devices."""
+    """Returns a sharding with a copy on each of a sharding's devices."""
     if isinstance(sharding, SingleDeviceSharding):
         return sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else Mesh(np.array(device_order(sharding)), ("all",))

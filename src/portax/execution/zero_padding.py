@@ -30,7 +30,7 @@ def check_padding(tree: ParamTree, padded: dict[str, Padding], config: ModelConf
 
 
 def _any(leaf: Any, padding: Padding) -> Any:
-    """Whether the padding of one leaf has anything in it, found where the leaf is."""
+    """Tells whether the padding of one leaf has a value that is not zero; computed on the leaf's devices."""
     if isinstance(leaf, jax.Array) and not is_on_host(leaf.sharding):
         return _any_on_device(automatic_axes(leaf), padding)
     if isinstance(leaf, jax.Array):

@@ -1,1 +1,1 @@
-"""What will be written from what, checked before a byte moves."""
+"""Plans: every leaf that a conversion writes, and its sources, checked before a byte moves."""

@@ -1,4 +1,4 @@
-"""Likely causes of what a plan finds wrong with a trainer's leaves, told by names and shapes: one rule a line."""
+"""Likely causes of problems with a trainer's leaves, found by names and shapes: one rule a line."""
 
 import dataclasses
 import re
@@ -20,13 +20,13 @@ _ENCODER = "an encoder for images or sound, which is no part of this conversion:
 
 @dataclasses.dataclass(frozen=True)
 class Suspect:
-    """A leaf that is not as it should be.
+    """A leaf with a problem, and its surroundings.
 
     Attributes:
         path: Its path below the root, e.g. `decoder/layers/mlp/wo/kernel`.
         found: Its shape; None if it is missing.
-        expected: Its axes, as a hook asks for it; None if none does.
-        types: What the config says of its layer.
+        expected: Its axes, as a hook asks for it; None if no hook does.
+        types: The types of its layer, from the config.
         config: The model's configuration.
         tree: Paths of all leaves, below the root.
         left: Whole paths of the leaves that were left out.
@@ -63,20 +63,20 @@ _MODALITY = re.compile(r"(^|.*/)([a-z_]*(vision|visual|audio|multi_modal|image)[
 
 
 def likely_cause(suspect: Suspect) -> str | None:
-    """What has most likely gone wrong with a leaf; None if no rule knows.
+    """Returns the most likely cause of a problem with a leaf; None if no rule applies.
 
     Args:
-        suspect: The leaf, and what is around it.
+        suspect: The leaf and its surroundings.
     """
     rules = (_unused,) if suspect.expected is None else _MISSING if suspect.found is None else _SHAPES
     return next((cause for rule in rules if (cause := rule(suspect)) is not None), None)
 
 
 def of_depth(others: Iterable[str]) -> str:
-    """What has most likely gone wrong where a tree has another number of layers than the config.
+    """Returns the most likely cause of a number of layers that differs from the config's.
 
     Args:
-        others: Causes of what is wrong with its leaves.
+        others: Causes of the problems with its leaves.
     """
     stacks = [cause for cause in others if cause == _PIPELINE or cause.startswith(_AXIS)]
     return stacks[0] if stacks else "the config is of another depth, or layers were lost on the way"
@@ -129,7 +129,7 @@ def _stages(suspect: Suspect) -> str | None:
 
 
 def _scan_axis(suspect: Suspect) -> str | None:
-    """The layers are on another axis than the one that counts them in the config."""
+    """Finds layers that are stacked on another axis than the config says."""
     if suspect.found is None or suspect.expected is None or [*_scanned(suspect.expected)] == []:
         return None
     own = tuple(size for name, size in suspect.expected if name != "layers")
@@ -159,7 +159,7 @@ def _padded(suspect: Suspect) -> str | None:
 
 
 def _only_axis(suspect: Suspect) -> tuple[str, int, int] | None:
-    """Name, expected and found size of an axis, if it is the only one that differs."""
+    """Returns name, expected and found size of the only axis that differs; None if several do or none does."""
     if suspect.found is None or suspect.expected is None or len(suspect.found) != len(suspect.expected):
         return None
     differ = [

@@ -16,10 +16,10 @@ _END = object()
 
 @contextlib.contextmanager
 def own_context() -> Iterator[None]:
-    """Runs what is inside as if the caller had set no mesh and no switch that changes how programs are made or run.
+    """Runs the block as if the caller had set no mesh, and no switch that changes how programs are made or run.
 
     Trainers call from inside `jax.set_mesh(...)`, whose devices need not be the engine's, with `jax.disable_jit()` or
-    with checks that stop at the first NaN; none of that is about moving weights. Transfer guards stay as they are.
+    with checks that stop at the first NaN; none of these concern moving weights. Transfer guards stay as they are.
     """
     with contextlib.ExitStack() as stack:
         try:

@@ -1,4 +1,4 @@
-"""`Plan`: what will be written from what, known and checked before a byte moves."""
+"""`Plan`: every leaf that a conversion writes, and its sources, checked before a byte moves."""
 
 import dataclasses
 import functools
@@ -27,10 +27,10 @@ class Entry:
         name: Its full name.
         shape: Its shape.
         dtype: Its dtype.
-        spec: How the engine partitions it.
+        spec: Its partitioning in the engine.
         sources: The trainer leaves that its values come from.
         casts: Casts on the way that lose precision, such as `float32 -> bfloat16`.
-        tied_to: The engine leaf whose values it repeats, where the model ties them.
+        tied_to: The engine leaf whose values it repeats, if the model ties them.
     """
 
     name: str
@@ -53,15 +53,15 @@ class Plan(Report):
 
     Attributes:
         layout: The layout, in words.
-        definition: What is exact, in words, where that is not the trainer's values cast to the engine's dtype.
+        definition: Words for what an exact result is, if not the trainer's values cast to the engine's dtype.
         entries: Every engine leaf that is written, in the order of writing.
         bytes_in: Bytes of the trainer leaves.
-        tensors_per_layer: For each group of layers, how many entries each of its layers has.
-        working_bytes: Bytes in work at a time, beside source and results: the layers in flight.
-        ignored: Variables of the trainer's state that are no parameters.
+        tensors_per_layer: For each group of layers, the number of entries of each layer.
+        working_bytes: Bytes of the layers in work at a time, beside sources and results.
+        ignored: Variables of the trainer's state that are not parameters.
         engine_owned: Leaves of the target that the engine fills itself; empty without a target.
-        left: Leaves of the trainer that were left out, as asked for (`leave=`).
-        padded: Leaves of the trainer whose padding is cut off, once it is found to be zero.
+        left: Leaves of the trainer that `leave=` leaves out.
+        padded: Leaves of the trainer whose padding is cut off, after a check that it is zero.
 
     Example:
         >>> plan = converter.plan(params)
@@ -87,7 +87,7 @@ class Plan(Report):
 
     @property
     def peak_bytes(self) -> int:
-        """Planned peak over all devices: source, results, and the layers in work."""
+        """Planned peak over all devices: sources, results, and the layers in work."""
         return self.bytes_in + self.bytes_out + self.working_bytes
 
     @property
@@ -143,7 +143,7 @@ class Plan(Report):
         return Group(table, text_lines(lines))
 
     def to_dict(self) -> dict[str, Any]:
-        """All of the plan, as JSON has it."""
+        """Returns all of the plan as values for JSON."""
         entries = {
             entry.name: {
                 "shape": entry.shape,
@@ -162,12 +162,12 @@ class Plan(Report):
 
 
 def axes_of(cut: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes over which a `PartitionSpec` cuts one dimension."""
+    """Returns the mesh axes over which a `PartitionSpec` cuts one dimension."""
     return () if cut is None else (cut,) if isinstance(cut, str) else cut
 
 
 def spec_text(spec: PartitionSpec) -> str:
-    """A partitioning as people write it: `P(None, 'model')`."""
+    """Writes a partitioning for people: `P(None, 'model')`."""
     return f"P({', '.join(repr(axis) for axis in spec)})"
 
 

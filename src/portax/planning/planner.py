@@ -36,14 +36,14 @@ def make_plan(
 
     Args:
         hooks: The converter.
-        module_prefix: What the engine wraps its language model in.
+        module_prefix: The module around the engine's language model.
         tree: The trainer's tree.
         groups: The tree's groups.
         target: The engine's leaves by name (arrays or shapes), if they are known.
-        strict_dtype: Whether a cast that loses precision is a problem.
+        strict_dtype: True makes a cast that loses precision a problem.
 
     Raises:
-        PlanError: Anything is missing, left over, of another shape or kind; all of it, at once.
+        PlanError: Leaves are missing, left over, or of another shape or dtype. Lists all of them.
     """
     problems: list[Problem] = []
     entries: list[Entry] = []
@@ -100,7 +100,7 @@ def _entries(layout: Layout, module_prefix: str, group: LayerGroup, traced: Trac
 
 
 def _casts(sources: Iterable[np.dtype], dtype: np.dtype, lossy: tuple[str, ...]) -> tuple[str, ...]:
-    """Every step that loses precision, in order; what is quantised is cast to bfloat16 first."""
+    """Returns every step that loses precision, in order; quantisation starts with a cast to bfloat16."""
     cast_to = np.dtype(jnp.bfloat16) if lossy else dtype
     return tuple(sorted({step for source in sources if (step := _narrowing(source, cast_to))})) + lossy
 
@@ -113,7 +113,7 @@ def _narrowing(source: np.dtype, target: np.dtype) -> str | None:
 
 
 def _folded(problems: Iterable[Problem]) -> Iterable[Problem]:
-    """One problem where layers differ in nothing but their number."""
+    """Merges problems of layers that differ in nothing but their number."""
     groups: dict[Problem, list[str]] = {}
     for problem in problems:
         groups.setdefault(dataclasses.replace(problem, leaf=fold_key(problem.leaf)), []).append(problem.leaf)
@@ -209,7 +209,7 @@ def _against_target(
 
 
 def _mesh_problems(target: Mapping[str, Leaf], layout: Layout) -> list[Problem]:
-    """An engine of another size may have leaves of the same shapes, in another order."""
+    """Checks the sizes of the mesh: an engine of another size may have leaves of the same shapes, in another order."""
     shardings = [getattr(leaf, "sharding", None) for leaf in target.values()]
     meshes = {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}
     return [

@@ -79,7 +79,7 @@ class HookTrace:
     expected: Mapping[str, Axes]
 
     def __call__(self, values: Sequence[Any], zero: Any) -> tuple[Block, ...]:
-        """Returns the blocks of these values; to be traced."""
+        """Returns the blocks of these values; for tracing."""
         arrays = iter(jax.core.eval_jaxpr(self.jaxpr.jaxpr, self.jaxpr.consts, *values, zero))
         return tuple(jax.tree.unflatten(tree, itertools.islice(arrays, tree.num_leaves)) for tree, _ in self.blocks)
 
@@ -104,7 +104,7 @@ class Trace:
 
 
 def trace_hooks(hooks: Hooks, group: LayerGroup, dtypes: Sequence[Any] | None = None) -> HookTrace:
-    """Runs a group's hooks on shapes; no weight is touched.
+    """Runs a group's hooks on shapes; touches no weight.
 
     Args:
         hooks: The converter.
@@ -143,7 +143,7 @@ def trace_hooks(hooks: Hooks, group: LayerGroup, dtypes: Sequence[Any] | None = 
 
 
 def trace(hooks: Hooks, group: LayerGroup) -> Trace:
-    """Traces one layer of a group up to the engine's tensors; no weight is touched."""
+    """Traces one layer of a group up to the engine's tensors; touches no weight."""
     traced = trace_hooks(hooks, group)
     problems = [*traced.problems] or _arithmetic(hooks, group, traced)
     layout = hooks.layout.for_layer(group.types)
@@ -198,7 +198,7 @@ def _bits_dtype(dtype: Any) -> Any:
 
 
 def _arithmetic(hooks: Hooks, group: LayerGroup, traced: HookTrace) -> list[Problem]:
-    """Problems for hooks that compute with what they read, which is right for float32 and wrong for bits."""
+    """Returns problems for hooks that compute with the values they read, which is wrong for raw bits."""
     if any(leaf.dtype != jnp.bfloat16 for leaf in group.shapes):  # another dtype may hide a cast to it
         traced = trace_hooks(hooks, group, [jnp.bfloat16] * len(group.paths))
     found: dict[tuple[str, str], Problem] = {}
@@ -215,7 +215,7 @@ def _arithmetic(hooks: Hooks, group: LayerGroup, traced: HookTrace) -> list[Prob
 
 
 def _computed(jaxpr: Jaxpr, marks: Iterable[int]) -> list[tuple[str, int]]:
-    """The primitives that compute with marked inputs, and the marks of those inputs."""
+    """Returns the primitives that compute with marked inputs, and the marks of those inputs."""
     computed: list[tuple[str, int]] = []
 
     def visit(equation: Any, given: list[int]) -> None:
@@ -230,7 +230,7 @@ def _computed(jaxpr: Jaxpr, marks: Iterable[int]) -> list[tuple[str, int]]:
 
 
 def inner_program(equation: Any) -> tuple[Jaxpr, int] | None:
-    """Returns the program that an equation runs, and how many of its inputs are not that program's; None for others."""
+    """Returns the program that an equation runs, and the number of inputs in front of its own; None for others."""
     if equation.primitive.name in ("jit", "pjit") and equation.params.get("name") != SCALED_NAME:
         return equation.params["jaxpr"].jaxpr, 0
     if equation.primitive.name == "cond":  # one for each platform; they do the same
@@ -239,7 +239,7 @@ def inner_program(equation: Any) -> tuple[Jaxpr, int] | None:
 
 
 def _reached(jaxpr: Jaxpr, marks: Iterable[int], visit: Any = None) -> list[int]:
-    """The bits that mark a program's inputs, joined for each output in those that its value depends on."""
+    """Returns the marks of the inputs that each output's value depends on."""
     of: dict[Any, int] = dict(zip(jaxpr.invars, marks, strict=True))
 
     def mark(atom: Any) -> int:

@@ -1,7 +1,7 @@
-"""Which sync wrote each live array: known of the array itself, whichever mapping holds it and whoever asks.
+"""The sync that wrote each live array, recorded with the array itself, whichever mapping holds it.
 
-Whether an engine is torn does not follow from what one `WeightSync` remembers, but from what is there: leaves of two
-syncs, or lost ones. So every array is marked with the attempt that made it, in a table that keeps no array alive.
+The leaves themselves show that an engine is torn (leaves of two syncs, or lost ones), whatever one `WeightSync`
+remembers. So a table marks every array with the attempt that made it; the table keeps no array alive.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class Attempt:
 
     Attributes:
         number: Its place among all of this process.
-        cause: What kept it from being completed; empty if nothing did.
+        cause: The error that ended it; empty if there was none.
     """
 
     def __init__(self):
@@ -40,7 +40,7 @@ class _Mark:
 
 
 class _Marks:
-    """Marks by array. Arrays have no hash, so they are known by identity, for as long as they live."""
+    """Marks by array. Arrays have no hash, so they are known by identity while they live."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -63,17 +63,17 @@ _marks = _Marks()
 
 
 def mark_written(array: jax.Array, attempt: Attempt) -> None:
-    """Notes which attempt made an array; before it is put into an engine, so that no interrupt comes in between."""
+    """Records the attempt that made an array. Call it before the array goes into an engine, in case of an interrupt."""
     _marks[array] = _Mark(attempt, lost=False)
 
 
 def mark_lost(array: jax.Array, attempt: Attempt) -> None:
-    """Notes which attempt has given an array's buffer to a program, or found wrong bits in it."""
+    """Records the attempt that gave an array's buffer to a program, or found wrong bits in it."""
     _marks[array] = _Mark(attempt, lost=True)
 
 
 def torn(leaves: Mapping[str, Any]) -> Torn | None:
-    """What an incomplete sync left behind among an engine's leaves; None if they all belong together.
+    """Returns the remains of an incomplete sync among an engine's leaves; None if they all belong together.
 
     Args:
         leaves: The planned leaves by name, as they are now; None for those that are gone.

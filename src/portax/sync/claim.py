@@ -16,11 +16,11 @@ _claims: "weakref.WeakSet[Claim]" = weakref.WeakSet()
 
 
 class Claim:
-    """What one sync or comparison is at work on, for as long as its lock is held.
+    """The leaves that one sync or comparison works on, while its lock is held.
 
     Attributes:
-        lock: To be held around everything else. Python lets no interrupt come between taking a lock by `with` and
-            releasing it, so no engine stays claimed after one.
+        lock: Hold it around everything else. An interrupt cannot come between taking a lock by `with` and releasing
+            it, so no engine stays claimed after an interrupt.
 
     Example:
         >>> engine, claim = {"weight": jnp.ones(2)}, Claim()
@@ -36,7 +36,7 @@ class Claim:
         """Claims things by their identity.
 
         Args:
-            find: Finds them; nobody else claims any meanwhile.
+            find: Returns them; nothing else is claimed meanwhile.
 
         Raises:
             SyncError: Another claim, whose lock is held, has one of them.

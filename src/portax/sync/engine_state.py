@@ -22,8 +22,8 @@ _Cells: TypeAlias = dict[str, tuple[Any, Any]]
 class EngineState:
     """An engine's leaves by full name, in whatever mapping the engine keeps them.
 
-    Nothing outlives a sync but what the planned leaves look like: an engine may replace its arrays, and, if it is given
-    as a function, the whole mapping.
+    Only the shapes and shardings of the planned leaves outlive a sync: an engine may replace its arrays and, if it is
+    given as a function, the whole mapping.
     """
 
     def __init__(self, state: Any):
@@ -33,13 +33,13 @@ class EngineState:
         self._shapes: dict[str, jax.ShapeDtypeStruct] = {}
 
     def refresh(self) -> None:
-        """Finds the mapping, and the leaves in it, anew."""
+        """Looks up the mapping and its leaves again."""
         self._cells = self._look()
 
     def enter(self, claim: Claim) -> None:
-        """Finds them anew, and claims the planned ones (all, while nothing is planned) against other syncs.
+        """Looks up the leaves again, and claims the planned ones (all, if nothing is planned) against other syncs.
 
-        Arrays are replaced while a sync runs; so it claims also what holds them: the mapping, or boxes of its own.
+        Arrays are replaced while a sync runs, so it also claims their containers: the mapping, or the leaf's box.
 
         Raises:
             SyncError: Another claim has some of them.
@@ -56,16 +56,16 @@ class EngineState:
         self._cells = cells
 
     def leaves(self) -> dict[str, Any]:
-        """All leaves, as they are now."""
+        """Returns all leaves, as they are now."""
         return {name: self.leaf(name) for name in self._cells}
 
     def leaf(self, name: str) -> Any:
-        """One leaf, as it is now."""
+        """Returns one leaf, as it is now."""
         node, key = self._cells[name]
         return unbox(node[key])
 
     def planned(self) -> dict[str, Any]:
-        """What the mapping, found anew, holds as the planned leaves; None for those that are gone."""
+        """Looks up the mapping again and returns its planned leaves; None for those that are gone."""
         cells = self._look()
         found = {name: cells[name] for name in self._shapes if name in cells}
         return dict.fromkeys(self._shapes) | {name: unbox(node[key]) for name, (node, key) in found.items()}
@@ -78,7 +78,7 @@ class EngineState:
         return dict(_cells(state))
 
     def record(self, plan: Plan) -> None:
-        """Remembers how the planned leaves are held, for good.
+        """Records the shapes and shardings of the planned leaves.
 
         Raises:
             PlanError: A leaf is no array in a device's memory, is deleted, or shares its buffer with another one.
@@ -103,7 +103,7 @@ class EngineState:
             raise PlanError(problems)
 
     def check(self) -> None:
-        """Raises a `PlanError` if a leaf is not held as it was when the sync was made."""
+        """Raises a `PlanError` if a leaf has changed its shape, dtype or sharding since the sync was made."""
         leaves = self.leaves()
         problems = []
         for name, shape in self._shapes.items():
@@ -128,12 +128,12 @@ class EngineState:
             raise PlanError(problems)
 
     def buffers(self) -> dict[Any, str]:
-        """Names of the planned leaves by device and address of their first buffer."""
+        """Returns the names of the planned leaves, by device and address of their first buffer."""
         leaves = self.leaves()
         return {pointer(leaves[name]): name for name in self._shapes if not leaves[name].is_deleted()}
 
     def donate(self, name: str) -> Shaped[Array, "..."]:
-        """The leaf whose buffer is to be written; a new one, if a failed sync has lost it."""
+        """Returns the leaf whose buffer is to be written; a new one, if a failed sync has lost it."""
         leaf = self.leaf(name)
         return zeros(self._shapes[name]) if leaf.is_deleted() else leaf
 
@@ -144,7 +144,7 @@ class EngineState:
 
     @contextlib.contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """Puts all planned leaves back if what is done inside does not come to its end, for whatever reason."""
+        """Puts all planned leaves back if the block does not finish, for whatever reason."""
         before = {name: self.leaf(name) for name in self._shapes}
         try:
             yield
@@ -164,39 +164,39 @@ class EngineState:
             (getattr(box, "set_value", None) or _setter(box))(leaf)
 
     def shapes(self, names: Sequence[str]) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Shapes, dtypes and shardings of the planned leaves of these names."""
+        """Returns shapes, dtypes and shardings of the planned leaves of these names."""
         return tuple(self._shapes[name] for name in names)
 
     def shardings(self, names: Sequence[str]) -> tuple[Sharding, ...]:
-        """How the planned leaves of these names are partitioned."""
+        """Returns the shardings of the planned leaves of these names."""
         return tuple(self._shapes[name].sharding for name in names)
 
     def all_shardings(self) -> Iterable[Sharding]:
-        """Returns how every planned leaf is partitioned."""
+        """Returns the sharding of every planned leaf."""
         return (shape.sharding for shape in self._shapes.values())
 
     def device_order(self) -> tuple[jax.Device, ...]:
-        """The devices that hold planned leaves, as programs number them."""
+        """Returns the devices of the planned leaves, in the order in which programs number them."""
         return device_order(next(iter(self._shapes.values())).sharding)
 
     def devices(self) -> set[jax.Device]:
-        """All devices that hold planned leaves."""
+        """Returns all devices of the planned leaves."""
         return {device for shape in self._shapes.values() for device in shape.sharding.device_set}
 
 
 def pointer(leaf: Any) -> Any:
-    """Device, memory and address of the first buffer that this process holds; something unique where there is none."""
+    """Returns device, memory and address of this process's first buffer; a unique value if there is none."""
     shards = leaf.addressable_shards if isinstance(leaf, jax.Array) and not leaf.is_deleted() else ()
     return (shards[0].device, leaf.sharding.memory_kind, _address(shards[0])) if shards else id(leaf)
 
 
 def _address(shard: Any) -> int:
-    """Where a shard is in the memory of its device; those of two devices may be equal."""
+    """Returns the address of a shard in the memory of its device; two devices may have equal ones."""
     return shard.data.unsafe_buffer_pointer()
 
 
 def _offloaded(name: str, leaf: jax.Array) -> Problem | None:
-    """What is wrong with a leaf that is in the host's memory in place of its device's own."""
+    """Returns the problem of a leaf that is in the host's memory instead of its device's."""
     device, kind = next(iter(leaf.sharding.addressable_devices), None), leaf.sharding.memory_kind
     if device is None or kind is None or kind == (own := device.default_memory().kind):
         return None
@@ -205,7 +205,7 @@ def _offloaded(name: str, leaf: jax.Array) -> Problem | None:
 
 
 def _cells(node: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[str, tuple[Any, Any]]]:
-    """Every leaf's name, and the mapping and key under which it can be replaced."""
+    """Returns every leaf's name, and the mapping and key under which it can be replaced."""
     for key, child in node.items():
         here = (*path, *(str(part) for part in (key if isinstance(key, tuple) else (key,))))
         if isinstance(child, Mapping):

@@ -1,4 +1,4 @@
-"""A few bytes that tell whether two arrays hold the same bits, computed where the arrays are."""
+"""Fingerprints: a few bytes that tell whether two arrays have the same bits, computed on the arrays' devices."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,9 +16,9 @@ _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 @jax.jit
 def fingerprint(x: Shaped[Array | np.ndarray, "..."]) -> UInt32[Array, "2"]:
-    """Two 32-bit sums over hashes of every element's bits and place.
+    """Returns two 32-bit sums over hashes of every element's bits and position.
 
-    A changed, moved or swapped element changes both. Nothing is gathered: each device sums what it holds.
+    A changed, moved or swapped element changes both. Nothing is gathered: each device sums its own shards.
 
     Args:
         x: Any array of elements of up to four bytes.
@@ -29,7 +29,7 @@ def fingerprint(x: Shaped[Array | np.ndarray, "..."]) -> UInt32[Array, "2"]:
 
 
 def places(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """Every element's number in an array of this shape, modulo 2**32."""
+    """Returns every element's number in an array of this shape, modulo 2**32."""
     place = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         place = place * np.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -44,7 +44,7 @@ def _mixed(bits: UInt32[Array, "..."], place: UInt32[Array, "..."], seed: np.uin
 
 
 def fingerprints(leaves: Iterable[Any]) -> list[tuple[int, int] | None]:
-    """Fingerprints of several arrays of JAX or numpy, fetched together; None for arrays that are deleted."""
+    """Returns the fingerprints of several arrays of JAX or numpy; None for deleted arrays."""
     marks: list[Any] = []
     for leaf in leaves:
         if len(marks) >= _IN_FLIGHT:

@@ -1,4 +1,4 @@
-"""What a sync did: versions, seconds of each phase, bytes, and what it left behind if it failed."""
+"""Reports of a sync: versions, seconds of each phase, bytes, and the remains of a failed one."""
 
 import dataclasses
 import json
@@ -14,26 +14,26 @@ PHASES = ("plan", "compile", "convert", "transfer", "assign", "verify")
 
 
 class _Report:
-    """What reports have in common: their form for machines."""
+    """Common to all reports: the form for machines."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as plain values by name."""
+        """Returns all of it, as plain values by name."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     def to_json(self) -> str:
-        """All of it, as one JSON object."""
+        """Returns all of it, as one JSON object."""
         return json.dumps(self.to_dict(), indent=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Torn(_Report):
-    """What a sync that failed half-way left behind; the next complete one mends it.
+    """The state that a failed sync left behind; the next complete one mends it.
 
     Attributes:
         new: Leaves that hold the weights of the failed sync.
-        old: Leaves that hold those of an earlier one, or what no sync wrote.
-        lost: Leaves that hold nothing of use: freed, or given to a program that did not finish, or found wrong.
-        cause: What went wrong.
+        old: Leaves that hold the weights of an earlier sync, or were never written.
+        lost: Leaves without usable values: freed, given to a program that did not finish, or found wrong.
+        cause: The error that ended the sync.
     """
 
     new: tuple[str, ...]
@@ -49,10 +49,10 @@ class Torn(_Report):
 
 @dataclasses.dataclass(frozen=True)
 class Verification(_Report):
-    """The engine's leaves held against what a trainer's parameters give.
+    """A comparison of the engine's leaves with those that a trainer's parameters give.
 
     Attributes:
-        leaves: How many were compared.
+        leaves: Number of compared leaves.
         different: Names of those that differ.
     """
 
@@ -70,17 +70,17 @@ class SyncReport(_Report):
     """One completed sync. Its `str` is a table.
 
     Attributes:
-        version: How many syncs have been completed, this one included.
-        leaves: How many leaves were written.
-        seconds: Time of each phase, waited for: plan, compile, convert, transfer, assign, verify. Where buckets move
-            while others convert, transfer is what was waited for on top.
+        version: Number of completed syncs, this one included.
+        leaves: Number of written leaves.
+        seconds: Time of each phase: plan, compile, convert, transfer, assign, verify. If buckets move while others
+            convert, transfer is the additional wait.
         bytes_read: Bytes of the trainer's leaves.
         bytes_written: Bytes of the engine's leaves.
-        bytes_moved: Bytes that devices had to receive from each other, by how the leaves of both sides are partitioned:
-            an estimate, see `received_bytes` in `portax.sync.transfer`.
-        peak_bytes: Highest use of any device's memory since the process began, where the backend tells.
-        verification: The comparison afterwards; None if none was asked for.
-        left: Leaves of the trainer that were left out, as asked for (`leave=`).
+        bytes_moved: Bytes that devices had to receive from each other, estimated from the shardings of both sides; see
+            `received_bytes` in `portax.sync.transfer`.
+        peak_bytes: Highest memory use of any device since the process began; None if the backend does not tell.
+        verification: The comparison afterwards; None without `verify`.
+        left: Leaves of the trainer that `leave=` leaves out.
 
     Example:
         >>> report = portax.WeightSync(converter, converter.convert(params))(params)
@@ -100,12 +100,12 @@ class SyncReport(_Report):
 
     @property
     def total_seconds(self) -> float:
-        """All phases together."""
+        """Seconds of all phases together."""
         return sum(self.seconds.values())
 
     @property
     def gb_per_s(self) -> float:
-        """Bytes written over all seconds but those of plan, compile and verify, in GB (powers of ten)."""
+        """Bytes written, in GB (powers of ten), per second of convert, transfer and assign."""
         spent = sum(self.seconds[phase] for phase in ("convert", "transfer", "assign"))
         return self.bytes_written / spent / 1e9 if spent else 0.0
 
@@ -129,12 +129,12 @@ class SyncReport(_Report):
         return render(table) + "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as plain values by name."""
+        """Returns all of it, as plain values by name."""
         return super().to_dict() | {"gb_per_s": self.gb_per_s}
 
 
 def peak_bytes(devices: Iterable[jax.Device]) -> int | None:
-    """Highest use of any of these devices' memory so far; None where the backend does not tell."""
+    """Returns the highest memory use of any of these devices so far; None if the backend does not tell."""
     stats = [device.memory_stats() for device in devices if device.process_index == jax.process_index()]
     peaks = [found["peak_bytes_in_use"] for found in stats if found and "peak_bytes_in_use" in found]
     return max(peaks, default=None)

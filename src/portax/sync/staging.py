@@ -13,7 +13,7 @@ from portax.trainer import param_tree
 
 
 class Staging:
-    """Keeps one copy of the weights as the engine holds them, on the trainer's devices, always in the same buffers.
+    """Keeps one copy of the weights in the engine's layout, on the trainer's devices, always in the same buffers.
 
     A transport (an RDMA engine, a reshard between pods) registers the buffers once and sends them after every `stage`.
 
@@ -31,7 +31,7 @@ class Staging:
         """Makes an empty staging area.
 
         Args:
-            converter: Says what the engine should hold.
+            converter: The converter for the engine.
             mesh: The trainer's devices, with the axes that the engine's specs name.
             bucket_bytes: Most bytes in work at a time, as for `WeightSync`.
 
@@ -45,7 +45,7 @@ class Staging:
         self._sync: WeightSync | None = None
 
     def stage(self, params: Any) -> dict[str, Shaped[Array, "..."]]:
-        """Fills the staged leaves with these parameters: new buffers the first time, the same ones from then on.
+        """Fills the staged leaves with these parameters: the first call makes the buffers, later calls reuse them.
 
         Args:
             params: As for `converter.convert`.
@@ -61,7 +61,7 @@ class Staging:
         return self.weights
 
     def manifest(self) -> list[dict[str, Any]]:
-        """What is staged, for the other side: name, shape, dtype, partitioning and bytes, sorted by name, as JSON.
+        """Describes the staged leaves for the other side, as JSON: name, shape, dtype, spec and bytes, sorted by name.
 
         It follows from the configuration and the layout alone, so two processes that build it get the same.
         """

@@ -1,4 +1,4 @@
-"""How what the trainer's devices made gets into an engine's buffers: within one set of processes, or between two."""
+"""Transfers from the trainer's devices to an engine's buffers, within one set of processes or between two."""
 
 import functools
 import math
@@ -29,14 +29,14 @@ class LocalTransfer:
     """Trainer and engine are on the same processes, where `device_put` reaches from any devices to any others.
 
     Attributes:
-        sends: Whether this process has devices of the trainer: it does.
-        receives: Whether it has devices of the engine: it does.
+        sends: True: this process has devices of the trainer.
+        receives: True: it has devices of the engine.
     """
 
     sends = receives = True
 
     def compile(self, shapes: Shapes) -> None:
-        """Nothing has to be compiled beforehand."""
+        """Does nothing: `device_put` needs no program."""
 
     def send(self, arrays: Arrays, donors: Arrays | None, shapes: Shapes) -> Arrays:
         """As `CrossProcessTransfer.send`."""
@@ -55,12 +55,12 @@ class CrossProcessTransfer:
 
     Attributes:
         ends: The devices of either side.
-        sends: Whether this process has devices of the trainer.
-        receives: Whether it has devices of the engine.
+        sends: True if this process has devices of the trainer.
+        receives: True if it has devices of the engine.
     """
 
     def __init__(self, sources: Devices, targets: Devices):
-        """Pairs the devices of both sides, in order; what the trainer has more of holds further copies.
+        """Pairs the devices of both sides, in order; surplus devices of the trainer hold further copies.
 
         Raises:
             SyncError: The trainer has not as many as the engine, or a multiple, or they share devices.
@@ -84,7 +84,7 @@ class CrossProcessTransfer:
         self.receives = any(device in targets for device in self._own)
 
     def compile(self, shapes: Shapes) -> Any:
-        """The program that carries arrays of these shapes and dtypes, under the engine's shardings."""
+        """Compiles the program that carries arrays of these shapes and dtypes, under the engine's shardings."""
         key = tuple((shape.shape, shape.dtype, shape.sharding) for shape in shapes)
         if key not in self._compiled:
             stacks = [jax.ShapeDtypeStruct(self._stacked(s), s.dtype, sharding=self._cut) for s in shapes]
@@ -92,10 +92,10 @@ class CrossProcessTransfer:
         return self._compiled[key]
 
     def send(self, arrays: Arrays, donors: Arrays | None, shapes: Shapes) -> Arrays:
-        """Puts arrays where the engine has them; between processes, what they lived in is freed.
+        """Moves arrays to the engine's devices; between processes, their old buffers are freed.
 
         Args:
-            arrays: What the trainer's devices hold, cut as the engine cuts it; empty, on processes without any.
+            arrays: The trainer's arrays, with the engine's partitioning; empty on processes without any.
             donors: Arrays of the engine whose buffers the results take over; None for new ones.
             shapes: Shape, dtype and sharding of each at the engine's.
 
@@ -115,11 +115,11 @@ class CrossProcessTransfer:
         return tuple(map(_received, self.compile(shapes)(stacks), shapes))
 
     def shared(self, marks: Marks, count: int) -> Marks:
-        """Fingerprints that one side knows, on all processes.
+        """Shares fingerprints that one side knows with all processes.
 
         Args:
-            marks: Theirs; empty, on processes of the other side.
-            count: How many there are.
+            marks: The fingerprints; empty on processes of the other side.
+            count: Number of fingerprints.
         """
         words = np.array([(0, 0, 0) if mark is None else (1, *mark) for mark in marks or [None] * count], np.uint32)
         rows = [jax.device_put(words[None], device) for device in self._own]
@@ -136,7 +136,7 @@ class CrossProcessTransfer:
         )
 
     def _stacked(self, shape: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-        """The shape of every device's shard, of both sides, one after another."""
+        """Returns the shape of every device's shard, of both sides, one after another."""
         first, *rest = shape.sharding.shard_shape(shape.shape)
         return (self._mesh.size * first, *rest)
 
@@ -149,12 +149,12 @@ def _received(stack: Shaped[Array, "..."], shape: jax.ShapeDtypeStruct) -> Shape
 def route_between(
     sources: Devices, targets: Devices, existing: LocalTransfer | CrossProcessTransfer | None = None
 ) -> LocalTransfer | CrossProcessTransfer:
-    """How to get from these devices to those.
+    """Returns the transfer from some devices to others.
 
     Args:
-        sources: The trainer's; none, if it has its arrays in host memory.
-        targets: The engine's.
-        existing: Taken again, with its programs, if it connects the same.
+        sources: The trainer's devices; empty if its arrays are in host memory.
+        targets: The engine's devices.
+        existing: A transfer to reuse, with its programs, if it connects the same devices.
 
     Raises:
         SyncError: As `CrossProcessTransfer`.
@@ -167,13 +167,13 @@ def route_between(
 
 
 def all_moved_bytes(plan: Plan, leaves: Mapping[str, Any], made: Mapping[str, Sharding], targets: Shapes) -> int:
-    """Bytes that devices have to receive from each other in one sync, an estimate: see `received_bytes`.
+    """Estimates the bytes that devices have to receive from each other in one sync; see `received_bytes`.
 
     Args:
-        plan: What is written.
+        plan: The plan of the sync.
         leaves: The trainer's leaves by their whole path.
-        made: How each leaf of the engine was held when it had been made; without those that this process did not make.
-        targets: How the engine holds them, in the order of the plan.
+        made: Sharding of each new leaf before the transfer; without those that this process did not make.
+        targets: Shapes and shardings of the engine's leaves, in the order of the plan.
     """
     total = 0
     for entry, target in zip(plan.entries, targets, strict=True):
@@ -187,11 +187,11 @@ def all_moved_bytes(plan: Plan, leaves: Mapping[str, Any], made: Mapping[str, Sh
 
 @functools.cache
 def moved_bytes(target: jax.ShapeDtypeStruct, source: Sharding | None) -> int:
-    """Bytes that devices receive when an array is put where it should be.
+    """Returns the bytes that devices receive when an array gets another sharding.
 
     Args:
-        target: Its shape and dtype, and how it should be held.
-        source: How it is held; None if by no device that should hold it.
+        target: Its shape, dtype and new sharding.
+        source: Its old sharding; None if no target device holds any of it.
     """
     held = {} if source is None else source.devices_indices_map(target.shape)
     wanted = target.sharding.devices_indices_map(target.shape)
@@ -199,14 +199,14 @@ def moved_bytes(target: jax.ShapeDtypeStruct, source: Sharding | None) -> int:
 
 
 def received_bytes(target: jax.ShapeDtypeStruct, sources: Iterable[Any]) -> int:
-    """Bytes that devices have to receive from each other when they make an array of arrays that they hold parts of.
+    """Estimates the bytes that devices receive from each other when they make an array from sharded ones.
 
-    Known from shardings alone, and so an estimate: of what a device needs, it is taken to hold the same fraction as of
-    everything. That is exact where the target is cut along other dimensions than its sources.
+    The estimate uses shardings alone: a device is taken to hold the same fraction of what it needs as of everything.
+    That is exact if the target is cut along other dimensions than its sources.
 
     Args:
-        target: Shape and dtype of what is made, and how it is to be held.
-        sources: What it is made of: arrays or their shapes; what has no sharding comes from the host.
+        target: Shape, dtype and sharding of the new array.
+        sources: Its sources, as arrays or shapes; those without a sharding come from the host.
     """
     held = ((s.shape, s.dtype.itemsize, sharding) for s in sources if (sharding := getattr(s, "sharding", None)))
     return _received_bytes(target, tuple(held))
@@ -233,7 +233,7 @@ def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:
 
 
 def zeros(shape: jax.ShapeDtypeStruct) -> Shaped[Array, "..."]:
-    """Zeros of this shape, dtype and sharding; without any shard, on processes that have none of its devices."""
+    """Returns zeros of this shape, dtype and sharding; without any shard, on processes with none of its devices."""
     if not shape.sharding.addressable_devices:
         return jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, [], dtype=shape.dtype)
     return _zeros(shape.shape, shape.dtype, shape.sharding)()
@@ -246,7 +246,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Any:
 
 @functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
 def _settled(arrived: Arrays, donors: Arrays) -> Arrays:
-    """The same values in the donors' buffers. The barrier keeps JAX from handing the arguments back as they are."""
+    """Copies values into the donors' buffers. The barrier keeps JAX from returning the arguments as they are."""
     return lax.optimization_barrier(arrived)
 
 

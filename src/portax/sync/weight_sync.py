@@ -24,19 +24,19 @@ from portax.sync.report import PHASES, SyncReport, Torn, Verification, peak_byte
 from portax.sync.transfer import CrossProcessTransfer, LocalTransfer, all_moved_bytes, route_between
 
 _Prepared: TypeAlias = tuple[Plan, dict[str, Any], Any, list[tuple[ProgramCall, PreparedCall | None, bool]]]
-"""A plan, the shardings of its trees and the route that calls are prepared for, and the calls: whether in place."""
+"""A plan, the shardings and the transfer that its calls are prepared for, and the calls; True for those in place."""
 
 
 class WeightSync:
     """Keeps the weights of a live engine equal to a trainer's.
 
-    Every call writes all that the trainer owns *in place*: the engine's mapping gets arrays that live in the buffers of
-    those they replace, with the same shardings. What the engine owns is not touched. From the second call on nothing is
-    compiled.
+    Every call writes the trainer's weights *in place*: the engine's mapping gets arrays in the buffers of those they
+    replace, with the same shardings. Leaves that the engine fills itself stay untouched. From the second call on,
+    nothing is compiled.
 
     Attributes:
-        version: How many syncs have been completed.
-        plan: What every sync writes, and what the engine fills itself.
+        version: Number of completed syncs.
+        plan: The leaves that every sync writes, and those that the engine fills itself.
 
     Example:
         >>> engine = converter.convert(params)  # in earnest `portax.integrations.tpu_inference.engine_state(llm)`
@@ -56,19 +56,17 @@ class WeightSync:
         verify: bool = False,
         atomic: bool = False,
     ):
-        """Checks that what the converter makes is what the engine holds; writes nothing.
+        """Plans the sync and checks it against the engine's leaves; writes nothing.
 
         Args:
-            converter: Says what the engine should hold.
+            converter: The converter for the engine.
             engine_state: The live mapping, a flat dict of arrays or an `nnx.State`, or a function that returns it, for
                 engines that may replace it. It is written to.
             params: The trainer's parameters, or their shapes with shardings: plans and compiles for them now, and not
                 in the first sync.
             bucket_bytes: Most bytes in work at a time.
-            verify: Whether every sync compares fingerprints of all leaves afterwards, at the price of a second
-                conversion.
-            atomic: Whether a sync switches all leaves at once, when all are ready, at the price of a second copy of
-                the weights.
+            verify: True compares fingerprints of all leaves after every sync, at the price of a second conversion.
+            atomic: True switches all leaves at once, when all are ready, at the price of a second copy of the weights.
 
         Raises:
             ConfigError: `bucket_bytes` is no number of bytes.
@@ -103,7 +101,7 @@ class WeightSync:
             params: As for `converter.convert`.
 
         Returns:
-            What was done, and how long each phase took; its `str` is a table.
+            A report, with the time of each phase; its `str` is a table.
 
         Raises:
             PlanError: The trainer's tree or the engine's leaves are not what they should be; nothing was written.
@@ -117,15 +115,15 @@ class WeightSync:
 
     @property
     def torn(self) -> Torn | None:
-        """What a sync that failed half-way left behind in the engine, whichever object's it was.
+        """The remains of a sync that failed half-way, by this object or another; None while all leaves belong together.
 
-        None while all leaves belong together. It is read off the leaves that the engine holds now.
+        It is read off the leaves that the engine holds now.
         """
         return torn(self._engine.planned())
 
     @in_own_context
     def verify(self, params: Any) -> Verification:
-        """Compares the engine's leaves with what these parameters give, by fingerprints computed on the devices.
+        """Compares the engine's leaves with the weights of these parameters, by fingerprints computed on the devices.
 
         Args:
             params: As for `converter.convert`.
@@ -194,7 +192,7 @@ class WeightSync:
         return conversion
 
     def _compile(self, conversion: Conversion) -> None:
-        """Prepares every call, and compiles what is not compiled yet; a tree like the last one finds all done."""
+        """Prepares every call, and compiles missing programs; for a tree like the last one there is nothing to do."""
         shardings = {path: getattr(leaf, "sharding", None) for path, leaf in conversion.tree.leaves.items()}
         kept = self._prepared
         if kept is not None and kept[0] is conversion.plan and kept[1:3] == (shardings, self._route):
@@ -218,7 +216,7 @@ class WeightSync:
     def _write(
         self, conversion: Conversion, made: dict[str, Sharding], seconds: dict[str, float]
     ) -> Verification | None:
-        """Puts every leaf in its place as soon as it is finished; then compares them, if that was asked for."""
+        """Puts every leaf in its place as soon as it is finished; then compares them, with `verify`."""
         for ready in self._finished(conversion, made, seconds):
             self._assign(ready, seconds)
         if not self._verify:
@@ -234,7 +232,7 @@ class WeightSync:
     def _switch(
         self, conversion: Conversion, made: dict[str, Sharding], seconds: dict[str, float]
     ) -> Verification | None:
-        """Finishes all leaves, compares them, if that was asked for, and puts all in their places, or none."""
+        """Finishes all leaves, compares them, with `verify`, and puts all in their places, or none."""
         staged: dict[str, jax.Array] = {}
         for ready in self._finished(conversion, made, seconds):
             staged |= ready
@@ -255,12 +253,12 @@ class WeightSync:
     def _finished(
         self, conversion: Conversion, made: dict[str, Sharding], seconds: dict[str, float]
     ) -> Iterator[dict[str, jax.Array]]:
-        """Leaves as the engine is to hold them; the next job converts while the last one moves.
+        """Yields finished leaves on the engine's devices; the next call converts while the last one moves.
 
         Args:
-            conversion: What makes them.
-            made: Gets how each one was held when it had been made.
-            seconds: Of each phase so far.
+            conversion: The conversion that makes them.
+            made: Receives the sharding of each one before the transfer.
+            seconds: Seconds of each phase so far.
         """
         inputs = self._inputs(conversion)
         last: dict[str, jax.Array] = {}
@@ -317,7 +315,7 @@ class WeightSync:
         return Verification(len(conversion.plan.entries), tuple(different))
 
     def _moved(self, conversion: Conversion, made: dict[str, Sharding]) -> int:
-        """Bytes that moved between devices; counted once for all syncs that are alike."""
+        """Returns the bytes that moved between devices; computed once for all syncs that are alike."""
         leaves, plan = conversion.tree.rooted, conversion.plan
         alike = (plan, {path: getattr(leaf, "sharding", None) for path, leaf in leaves.items()}, made)
         if self._counted[0] != alike:
@@ -332,6 +330,6 @@ class WeightSync:
         return self._engine.shardings(call.names)
 
     def _in_place(self, inputs: Inputs, call: ProgramCall) -> bool:
-        """Whether one program can read the trainer's arrays and write into the engine's."""
+        """Tells whether one program can read the trainer's arrays and write into the engine's."""
         source = source_sharding(inputs.shapes(call))
         return not self._atomic and source is not None and device_order(source) == self._engine.device_order()
