@@ -30,7 +30,7 @@ def told(params, known=None):
     return identify(params, known or families(), SHIPPED)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir()))
+@pytest.mark.parametrize("name", sorted(path.name for path in CHECKPOINTS.glob("*.scan")))
 def test_every_real_checkpoint_is_named(name):
     config = ModelConfig.of(json.loads((CHECKPOINTS / name / "maxtext_config.json").read_text()))
     match = told(portax.open_checkpoint(CHECKPOINTS / name / "orbax"))[0]

@@ -118,6 +118,6 @@ def check(folder):
 
 
 if __name__ == "__main__":
-    names = sys.argv[1:] or sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
+    names = sys.argv[1:] or sorted(path.name for path in CHECKPOINTS.glob("*.scan"))
     results = [check(CHECKPOINTS / name) for name in names]
     sys.exit(0 if all(results) else 1)

@@ -70,7 +70,7 @@ def check(folder, name, hub):
 if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()  # else it warns of a vision tower, which these checkpoints lack
     transformers.utils.logging.disable_progress_bar()
-    names = sys.argv[1:] or sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
+    names = sys.argv[1:] or sorted(path.name for path in CHECKPOINTS.glob("*.scan"))
     folders = [CHECKPOINTS / name for name in names]
     results = [check(folder, name, hub) for folder in folders for name, hub in hub_configs(folder)]
     sys.exit(0 if all(results) else 1)

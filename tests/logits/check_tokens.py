@@ -110,7 +110,7 @@ def main():
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    names = sys.argv[1:] or sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
+    names = sys.argv[1:] or sorted(path.name for path in CHECKPOINTS.glob("*.scan"))
     with tempfile.TemporaryDirectory() as programs:  # so that the second and third run of a checkpoint compile nothing
         jax.config.update("jax_compilation_cache_dir", programs)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
