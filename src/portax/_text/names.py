@@ -15,12 +15,12 @@ def natural_order(name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
 
 
 def fold_key(name: str) -> str:
-    """The name with layer and expert numbers left out: `layers.*.mlp.gate.weight`."""
+    """Returns the name without layer and expert numbers: `layers.*.mlp.gate.weight`."""
     return _INDEX.sub("*", name)
 
 
 def parts(name: str) -> tuple[list[str], tuple[int, ...]]:
-    """What stands around the layer and expert numbers of a name, and those numbers."""
+    """Splits a name into the texts around its layer and expert numbers, and those numbers."""
     found = _APART.split(name)
     return found[::2], tuple(map(int, found[1::2]))
 
@@ -47,7 +47,7 @@ def _folded(pattern: str, rows: list[tuple[str, ...]]) -> str:
 
 
 def numbers(values: list[int]) -> str:
-    """A set of numbers, in order: `5`, `{0...3}`, `{0,2}`."""
+    """Writes a set of numbers, in order: `5`, `{0...3}`, `{0,2}`."""
     if len(values) == 1:
         return str(values[0])
     if values == list(range(values[0], values[-1] + 1)):
@@ -56,7 +56,7 @@ def numbers(values: list[int]) -> str:
 
 
 def folded_into(folded: str) -> Callable[[str], bool]:
-    """Tells the names that may have been folded into this one: those that its numbers make."""
+    """Returns a function that tells whether a name is one of those that this folded name stands for."""
     around = _FOLDED.split(folded)
     pattern = re.compile(r"(\d+)".join(re.escape(text) for text in around[::2]))
     columns = [_numbers(text) for text in around[1::2]]

@@ -1,4 +1,4 @@
-"""`Report`: the one form of everything that portax has to tell, for people and for machines."""
+"""`Report`: the common form of all results, for people and for machines."""
 
 import abc
 import json
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
 
 
 class Report(abc.ABC):
-    """Something to tell. `print(report)` shows it to people; `report.to_json()` is for machines."""
+    """A result. `print(report)` shows it to people; `report.to_json()` is for machines."""
 
     @abc.abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """All of it in what JSON has: mappings, lists, texts and finite numbers."""
+        """Returns all of it as values for JSON: mappings, lists, texts and finite numbers."""
 
     @abc.abstractmethod
     def __rich__(self) -> "RenderableType":
-        """The same for people, as rich prints it."""
+        """Returns the form for people, which rich prints."""
 
     def to_json(self) -> str:
-        """All of it as one JSON object."""
+        """Returns all of it as one JSON object."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Tables for people: how every one looks. rich is imported when the first one is made."""
+"""Tables and sizes for people. rich is imported when the first table is made."""
 
 import io
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def size(nbytes: int) -> str:
-    """A number of bytes for people: `1.21 GB` (powers of ten)."""
+    """Writes a number of bytes for people: `1.21 GB` (powers of ten)."""
     amount, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
     while amount >= 1000 and len(units) > 1:
         amount, units = amount / 1000, units[1:]
@@ -19,11 +19,11 @@ def size(nbytes: int) -> str:
 
 
 def new_table(*columns: str | tuple[str, str], title: str | None = None) -> "Table":
-    """An empty table.
+    """Makes an empty table.
 
     Args:
-        *columns: Headers; with `right` beside it, a column of numbers.
-        title: What to write above.
+        *columns: Headers; a pair of header and `right` for a column of numbers.
+        title: Text above the table.
     """
     from rich import box
     from rich.table import Table
@@ -36,25 +36,25 @@ def new_table(*columns: str | tuple[str, str], title: str | None = None) -> "Tab
 
 
 def text_lines(lines: Iterable[str]) -> "Text":
-    """Lines as they are: not wrapped, and with nothing in them read as markup."""
+    """Returns lines as text that is not wrapped and in which nothing is read as markup."""
     from rich.text import Text
 
     return Text("\n".join(lines), no_wrap=True, overflow="ignore")
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:
-    """A number of things: `1 leaf`, `2 leaves`.
+    """Writes a number of things: `1 leaf`, `2 leaves`.
 
     Args:
-        count: How many.
-        one: What one of them is called.
-        many: What several are called; None for `one` with an s.
+        count: The number.
+        one: The singular.
+        many: The plural; None for `one` with an s.
     """
     return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
 def render(renderable: "RenderableType") -> str:
-    """What a console would show, without colour, as wide as it needs to be."""
+    """Returns the text that a console would show, without colour, as wide as it needs to be."""
     from rich.console import Console
 
     out = io.StringIO()

@@ -1,4 +1,4 @@
-"""How long each phase of something takes."""
+"""Timing of phases."""
 
 import contextlib
 import time
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Adds the time that is spent inside to what this phase has taken so far."""
+    """Adds the seconds that the block takes to those of this phase."""
     start = time.perf_counter()
     yield
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start

@@ -4,7 +4,7 @@ import importlib.metadata
 
 
 def portax_version() -> str:
-    """The version, such as `0.1.0`; `unknown` where portax is imported without having been installed."""
+    """Returns the version, such as `0.1.0`; `unknown` if portax is imported without being installed."""
     try:
         return importlib.metadata.version("portax")
     except importlib.metadata.PackageNotFoundError:

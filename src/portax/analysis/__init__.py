@@ -1,1 +1,1 @@
-"""Tools that look: inspect, identify, diff, cost, and pages that show plans."""
+"""Analysis without a conversion: inspect, identify, diff, cost, and pages that show plans."""

@@ -1,4 +1,4 @@
-"""A plan or a diff as a picture: which leaf becomes which, folded, for the page that shows it."""
+"""Pictures of a plan or a diff, for the page that shows them: each leaf, folded, and the leaf that it becomes."""
 
 import itertools
 import math
@@ -16,20 +16,20 @@ from portax.planning.plan import Entry, Plan, axes_of
 from portax.trainer import param_tree
 
 Picture: TypeAlias = dict[str, Any]
-"""What the page shows; its script says what each key is."""
+"""The data of a page; the page's script documents the keys."""
 
 _Card: TypeAlias = dict[str, Any]
 _MOST_NUMBERS = 50_000  # leaves for which a diff's page tells how much each one differs
 
 
 def of_plan(plan: Plan | None, params: Any, *, what: str, problems: Sequence[Problem] = ()) -> Picture:
-    """The picture of a plan, or of what kept it from being one.
+    """Returns the picture of a plan, or of the problems that prevented it.
 
     Args:
         plan: The plan; None if there is none to show.
-        params: What was planned for: the trainer's tree, or its shapes.
-        what: What that is, in words.
-        problems: What a `PlanError` found.
+        params: The trainer's tree of the plan, or its shapes.
+        what: Words for that tree.
+        problems: The problems of a `PlanError`.
     """
     leaves = _leaves(params)
     entries = plan.entries if plan else ()
@@ -58,7 +58,7 @@ def of_plan(plan: Plan | None, params: Any, *, what: str, problems: Sequence[Pro
 
 
 def of_diff(diff: Diff) -> Picture:
-    """The picture of a diff."""
+    """Returns the picture of a diff."""
     equal = "equal" if diff.values else "equal in shape and dtype"
     cards: dict[str, list[tuple[_Card | None, _Card | None]]] = {
         title: [] for title in ("differ", "only in A", "only in B", equal)
@@ -106,7 +106,7 @@ def _plan_facts(plan: Plan) -> list[list[str]]:
 
 
 def _alike(entries: Iterable[Entry]) -> Iterator[tuple[str, list[list[Entry]]]]:
-    """Layers that look the same: what they are called, and their entries, those of one look together."""
+    """Groups layers that look the same: their names, and their entries."""
     layers: dict[int | None, dict[Any, list[Entry]]] = {}
     for entry in entries:
         numbers = parts(entry.name)[1]
@@ -129,7 +129,7 @@ def _look(entry: Entry) -> tuple[Any, ...]:
 def _section(
     title: str, groups: Iterable[Sequence[Entry]], leaves: Mapping[str, Any], bad: Mapping[str, Sequence[int]]
 ) -> Picture:
-    """Engine leaves of one kind of layer, what they are made of, and which goes where."""
+    """Returns the engine leaves of one kind of layer, their sources, and the arrows between them."""
     rows = [sorted(group, key=lambda entry: parts(entry.name)[1]) for group in groups]
     named = dict.fromkeys(source for row in rows for entry in row for source in entry.sources)
     left = [*_families(named, leaves)]
@@ -148,7 +148,7 @@ def _loose_section(
     leaves: Mapping[str, Any],
     bad: Mapping[str, Sequence[int]],
 ) -> list[Picture]:
-    """Trainer leaves that feed nothing, and what a problem names that is on neither side."""
+    """Returns trainer leaves that feed nothing, and leaves of problems that are on neither side."""
     left = [_leaf_card(names, leaves, bad) for names in _families(loose, leaves)]
     ghosts = {
         name: {"name": [name], "columns": [], "count": 1, "state": "ghost", "problems": numbers}
@@ -164,7 +164,7 @@ def _sides(title: str, left: Sequence[Any], right: Sequence[Any], links: Sequenc
 
 
 def _families(names: Iterable[str], leaves: Mapping[str, Any] | None = None) -> Iterator[list[str]]:
-    """Names that differ in numbers alone (and, if leaves are given, not in shape or dtype), in order."""
+    """Groups names that differ in numbers alone (and, if leaves are given, not in shape or dtype), in order."""
     found: dict[Any, list[str]] = {}
     for name in names:
         leaf = leaves[name] if leaves else None
@@ -175,7 +175,7 @@ def _families(names: Iterable[str], leaves: Mapping[str, Any] | None = None) -> 
 
 
 def _card(names: Sequence[str]) -> _Card:
-    """A folded name: what stands around its numbers, and the numbers of each column, or of each name."""
+    """Returns a folded name: the texts around its numbers, and the numbers of each column, or of each name."""
     around = parts(names[0])[0]
     rows = [parts(name)[1] for name in names]
     columns = [sorted({*column}) for column in zip(*rows, strict=True)]
@@ -228,12 +228,12 @@ def _entry_card(row: Sequence[Entry], bad: Mapping[str, Sequence[int]]) -> _Card
 
 
 def _runs(sources: Iterable[list[tuple[int, int]]]) -> list[list[Any]]:
-    """The sources of each leaf, where several in a row have the same ones, once."""
+    """Returns the sources of each leaf; once for a run of leaves with the same ones."""
     return [[same, len([*run])] for same, run in itertools.groupby(sources)]
 
 
 def _pair(leaves: Sequence[LeafDiff], state: str, *, tell: bool) -> tuple[_Card | None, _Card | None]:
-    """A leaf's card on each side."""
+    """Returns a leaf's card on each side."""
     leaves = sorted(leaves, key=lambda leaf: parts(leaf.name)[1])
     first = leaves[0]
     names = _card([leaf.name for leaf in leaves]) | {"state": state}

@@ -1,4 +1,4 @@
-"""Two arrays, compared in pieces: which elements differ, and by how much."""
+"""Compares two arrays in pieces: which elements differ, and by how much."""
 
 import dataclasses
 import math
@@ -18,12 +18,12 @@ _UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a comparison of two arrays found.
+    """The result of comparing two arrays.
 
     Attributes:
-        different: How many elements differ: in their bits, or in their values where the dtypes differ.
-        largest: Largest absolute difference of two that are both no NaN; None where no two such differ.
-        nans: How many NaNs each of the two holds.
+        different: Number of elements that differ: in their bits, or in their values if the dtypes differ.
+        largest: Largest absolute difference of two elements without NaN; None if no two such differ.
+        nans: Number of NaNs in each of the two.
     """
 
     different: int = 0
@@ -36,13 +36,13 @@ class Found:
         return Found(self.different + other.different, max(largest, default=None), nans)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same for JSON, which knows no infinity: a largest difference that is infinite is the string `inf`."""
+        """Returns values for JSON, which has no infinity: an infinite largest difference is the string `inf`."""
         endless = self.largest is not None and math.isinf(self.largest)
         return dataclasses.asdict(self) | {"largest": "inf" if endless else self.largest}
 
 
 def common_dtype(a: np.dtype, b: np.dtype) -> np.dtype | None:
-    """The dtype in which two arrays can be compared without loss: theirs, or a wider one; None if there is none."""
+    """Returns a dtype that holds both dtypes without loss: one of the two, or a wider one; None if there is none."""
     if a == b:
         return a
     if all(jnp.issubdtype(dtype, jnp.floating) for dtype in (a, b)):
@@ -53,13 +53,13 @@ def common_dtype(a: np.dtype, b: np.dtype) -> np.dtype | None:
 
 
 def compare(a: Any, b: Any, *, piece_bytes: int, progress: Callable[[int], None] = lambda _: None) -> Found:
-    """Compares two arrays of one shape, and of dtypes that have a common one.
+    """Compares two arrays of one shape, whose dtypes have a common one.
 
     Args:
         a: An array: of numpy, of JAX (fetched as a whole), or lazy.
         b: Another one.
-        piece_bytes: Bytes that are read of each at a time; at least one chunk of what is stored in chunks.
-        progress: Called with the bytes of `a` that were compared.
+        piece_bytes: Bytes to read of each at a time; at least one chunk of an array in chunks.
+        progress: Called with the number of bytes of `a` compared since its last call.
     """
     dtype = common_dtype(np.dtype(a.dtype), np.dtype(b.dtype))
     a, b = (np.asarray(side) if isinstance(side, jax.Array) else side for side in (a, b))
@@ -93,7 +93,7 @@ def _block(a: Shaped[np.ndarray, " n"], b: Shaped[np.ndarray, " n"]) -> Found:
 
 
 def _widened(x: Shaped[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
-    """bfloat16 as float32, bit for bit: what comes after is many times as fast."""
+    """Widens bfloat16 to float32, bit for bit, which speeds up the comparison many times."""
     return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if x.dtype == jnp.bfloat16 else x
 
 

@@ -1,4 +1,4 @@
-"""What a sync would cost on devices that are not here: its programs, compiled ahead of time from shapes alone."""
+"""The cost of a sync on other devices than these: its programs, compiled ahead of time from shapes alone."""
 
 import collections
 import dataclasses
@@ -24,13 +24,13 @@ from portax.trainer.logical_axes import partition
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one accelerator can do at best.
+    """The best speeds of one accelerator.
 
     Attributes:
         name: Its name.
         memory_bytes: Its memory.
-        memory_bandwidth: Bytes that it reads and writes in a second.
-        wire_bandwidth: Bytes that it receives from the others of its pod or node in a second.
+        memory_bandwidth: Bytes that it reads and writes per second.
+        wire_bandwidth: Bytes that it receives from others of its pod or node per second.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Cost:
     """Cost of one program; bytes are of one device, in one call.
 
     Attributes:
-        what: What it makes.
-        calls: How often a sync calls it.
-        compile_seconds: What compiling it took, here.
-        output_bytes: What it writes.
-        received_bytes: What it receives from other devices, the mean of all; None if that cannot be read.
-        temporary_bytes: What it needs beside arguments and results.
+        what: Names of the leaves that it makes.
+        calls: Number of calls in a sync.
+        compile_seconds: Seconds to compile it, on this machine.
+        output_bytes: Bytes that it writes.
+        received_bytes: Bytes that it receives from other devices, the mean of all; None if they cannot be read.
+        temporary_bytes: Bytes that it needs beside arguments and results.
     """
 
     what: str
@@ -75,7 +75,7 @@ class Estimate(Report):
     Attributes:
         trainer: Size of each axis of the trainer's mesh.
         engine: Size of each axis of the engines' mesh, on the same devices.
-        source_bytes: What the trainer holds.
+        source_bytes: Bytes of the trainer's weights.
         costs: Cost of each program.
     """
 
@@ -86,28 +86,28 @@ class Estimate(Report):
 
     @property
     def compile_seconds(self) -> float:
-        """What compiling all programs took, here."""
+        """Seconds to compile all programs, on this machine."""
         return sum(cost.compile_seconds for cost in self.costs)
 
     @property
     def output_bytes(self) -> int:
-        """What the engine holds."""
+        """Bytes of the engine's weights."""
         return sum(cost.calls * cost.output_bytes for cost in self.costs)
 
     @property
     def received_bytes(self) -> int | None:
-        """What comes from other devices, the mean of all; None if that cannot be read."""
+        """Bytes received from other devices, the mean of all; None if they cannot be read."""
         received = [cost.received_bytes and cost.calls * cost.received_bytes for cost in self.costs]
         known = [nbytes for nbytes in received if nbytes is not None]
         return sum(known) if len(known) == len(received) else None
 
     @property
     def peak_bytes(self) -> int:
-        """Weights of trainer and engine, and the temporaries of one program: a sync runs one at a time."""
+        """Bytes of all weights of trainer and engine, and of one program's temporaries: programs run one at a time."""
         return self.source_bytes + self.output_bytes + max(cost.temporary_bytes for cost in self.costs)
 
     def seconds(self, chip: Chip) -> tuple[float, float | None]:
-        """The least seconds that a chip spends on memory, reading and writing everything once, and on the wire."""
+        """Returns the least seconds for memory, reading and writing everything once, and for the wire."""
         received = self.received_bytes
         wire = None if received is None else received / chip.wire_bandwidth
         return (self.source_bytes + self.output_bytes) / chip.memory_bandwidth, wire
@@ -139,7 +139,7 @@ class Estimate(Report):
         return Group(programs, text_lines(lines), chips)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """Returns all of it, as values for JSON."""
         totals = {
             name: getattr(self, name) for name in ("compile_seconds", "output_bytes", "received_bytes", "peak_bytes")
         }
@@ -153,7 +153,7 @@ def estimate(
     """Compiles every program of a sync in place.
 
     Args:
-        converter: Says what the engine should hold.
+        converter: The converter for the engine.
         trainer: The trainer's mesh; weights are spread over it as MaxText does.
         engine: The engines' mesh, of the same devices.
         bucket_bytes: As for `WeightSync`.
@@ -188,12 +188,12 @@ def estimate(
 def least_bytes(
     converter: BaseConverter, params: Mapping[str, jax.ShapeDtypeStruct], targets: Mapping[str, NamedSharding]
 ) -> int:
-    """Bytes of the elements that each device is to hold and has not: no algorithm moves fewer.
+    """Returns the bytes of the elements that each device needs and lacks: no algorithm moves fewer.
 
     Args:
-        converter: Says which of the engine's elements is which of the trainer's.
+        converter: The converter, which maps the trainer's elements to the engine's.
         params: Shapes of the trainer's weights with their shardings; of less than 2**24 elements.
-        targets: How the engine's leaves are to be partitioned, by name.
+        targets: Shardings of the engine's leaves, by name.
 
     Raises:
         ValueError: There are more elements than float32 can number.
@@ -222,12 +222,12 @@ def least_bytes(
 
 
 def simulated_mesh(axes: Mapping[str, int]) -> Mesh:
-    """A mesh of simulated devices."""
+    """Makes a mesh of simulated devices."""
     return Mesh(np.array(jax.devices("cpu")[: math.prod(axes.values())]).reshape([*axes.values()]), tuple(axes))
 
 
 def _alike(calls: Iterable[ProgramCall]) -> list[list[ProgramCall]]:
-    """Jobs that one program does."""
+    """Groups calls of one program."""
     found: dict[Any, list[ProgramCall]] = {}
     for call in calls:
         found.setdefault((id(call.group), call.tensors.start), []).append(call)

@@ -1,4 +1,4 @@
-"""`diff`: two checkpoints or states, leaf by leaf."""
+"""`diff`: compares two checkpoints or states, leaf by leaf."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -23,15 +23,15 @@ _DECODER = "decoder/"  # where every trainer's tree has its layers, and no hub's
 
 @dataclasses.dataclass(frozen=True)
 class _Side:
-    """One of the two.
+    """One of the two sides.
 
     Attributes:
-        what: What it is, in words.
-        names: Full names by path; paths have their parts apart by `/`, so that they are comparable.
+        what: Words for it.
+        names: Full names by path; paths have `/` between parts, so that they are comparable.
         specs: Shapes and dtypes by path.
-        read: LayerParams of the given paths, by path, some at a time.
-        converted: Whether they are converted when they are read.
-        outside: Paths of what is outside the layers, where that is known.
+        read: Yields the leaves of the given paths, by path, some at a time.
+        converted: True if they are converted when they are read.
+        outside: Paths outside the layers, if they are known.
     """
 
     what: str
@@ -51,26 +51,26 @@ def diff(
     piece_bytes: int = PIECE_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Diff:
-    """Holds two checkpoints or states against each other, leaf by leaf: names, shapes, dtypes, and bits.
+    """Compares two checkpoints or states, leaf by leaf: names, shapes, dtypes, and bits.
 
-    Leaves are read one at a time, large ones in pieces. Roots such as `base/` are no difference where no leaf has the
-    same name on both sides.
+    Leaves are read one at a time, large ones in pieces. Roots such as `base/` are ignored if no leaf has the same name
+    on both sides.
 
     Args:
-        a: What `open_checkpoint` opens, or a state: a nested or flat mapping of arrays (or, without values, shapes).
+        a: A `Checkpoint`, or a state: a nested or flat mapping of arrays (or, without values, shapes).
         b: The same.
-        converter: With one, a side that is a trainer's tree is compared as what the converter makes of it, a layer at
-            a time: a trainer's checkpoint with the hub's, or a scanned one with an unscanned one.
-        values: Whether to compare values; else nothing is read.
-        piece_bytes: Bytes that are read at a time of a leaf that is stored or in host memory.
-        progress: Called with bytes of A that were compared since it was called last, and the bytes there are in all.
+        converter: Converts a side that is a trainer's tree, a layer at a time, before the comparison: of a trainer's
+            checkpoint with the hub's, or of a scanned one with an unscanned one.
+        values: True compares values; False reads nothing but names, shapes and dtypes.
+        piece_bytes: Bytes to read at a time of a leaf on disk or in host memory.
+        progress: Called with the number of bytes of A compared since its last call, and the total.
 
     Returns:
         The differences; printed, they are a table.
 
     Raises:
-        PlanError: A side is no tree of arrays, or, converted, not what the converter takes.
-        CheckpointError: A side cannot be read, or holds a shape where there should be values.
+        PlanError: A side is no tree of arrays, or not a tree that the converter takes.
+        CheckpointError: A side cannot be read, or has shapes instead of values.
 
     Example:
         >>> found = portax.diff(portax.open_checkpoint("checkpoint"), params)
@@ -147,7 +147,7 @@ def _comparable(a: jax.ShapeDtypeStruct, b: jax.ShapeDtypeStruct) -> bool:
 
 
 def _pairs(a: _Side, b: _Side, paths: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
-    """The leaves of these paths on both sides; the side that is converted says in what order."""
+    """Yields the leaves of these paths on both sides; the converted side determines the order."""
     if b.converted and not a.converted:
         yield from ((path, x, y) for path, y, x in _pairs(b, a, paths))
         return
@@ -157,7 +157,7 @@ def _pairs(a: _Side, b: _Side, paths: Collection[str]) -> Iterator[tuple[str, An
 
 
 def _beside(one: _Side, two: _Side, layout: Layout, piece_bytes: int | None) -> Iterator[tuple[str, str]]:
-    """What a converted side has nothing for, and need not have, with the reason."""
+    """Returns leaves that a converted side need not have, each with the reason."""
     for mine, other in ((one, two), (two, one)):
         if not mine.converted or other.converted:
             continue
@@ -169,7 +169,7 @@ def _beside(one: _Side, two: _Side, layout: Layout, piece_bytes: int | None) -> 
 
 
 def _repeated(path: str, outside: Iterable[str], side: _Side, piece_bytes: int) -> str | None:
-    """The leaf outside the layers that this one is a copy of: a tied head that was saved all the same."""
+    """Returns the leaf outside the layers that this one copies: a tied head that was saved all the same."""
     for other in outside:
         if other in side.specs and (side.specs[other].shape, side.specs[other].dtype) == (
             side.specs[path].shape,

@@ -1,4 +1,4 @@
-"""`Diff`: two checkpoints or states held against each other, leaf by leaf."""
+"""`Diff`: the differences of two checkpoints or states, leaf by leaf."""
 
 import collections
 import dataclasses
@@ -21,10 +21,10 @@ class LeafDiff:
     """One leaf on both sides.
 
     Attributes:
-        name: Its full name in A, or in B where A has none.
-        a: Its shape and dtype in A; None where A has none.
+        name: Its full name in A, or in B if A lacks it.
+        a: Its shape and dtype in A; None if A lacks it.
         b: The same in B.
-        found: What comparing their values found; None where they were not compared.
+        found: The comparison of the values; None if they were not compared.
     """
 
     name: str
@@ -34,7 +34,7 @@ class LeafDiff:
 
     @functools.cached_property
     def differences(self) -> tuple[str, ...]:
-        """What differs, in words: `only in A`, `only in B`, or any of `shape`, `dtype`, `values`."""
+        """Differences, in words: `only in A`, `only in B`, or any of `shape`, `dtype`, `values`."""
         if self.a is None or self.b is None:
             return ("only in B" if self.a is None else "only in A",)
         pairs = {
@@ -46,25 +46,25 @@ class LeafDiff:
 
     @property
     def elements(self) -> int:
-        """How many elements it has, in A if it is there."""
+        """Number of elements, in A if A has the leaf."""
         return math.prod((self.a or self.b).shape)  # type: ignore[union-attr]  # one of the two has it
 
     @property
     def nbytes(self) -> int:
-        """How many bytes those are."""
+        """Bytes of those elements."""
         return self.elements * (self.a or self.b).dtype.itemsize  # type: ignore[union-attr]
 
 
 @dataclasses.dataclass(frozen=True)
 class Diff(Report):
-    """What differs between two checkpoints or states. `print(diff)` shows a table; `diff.to_json()` is for machines.
+    """The differences of two checkpoints or states. `print(diff)` shows a table; `diff.to_json()` is for machines.
 
     Attributes:
-        a: What A is, in words.
-        b: What B is.
+        a: Words for A.
+        b: Words for B.
         leaves: Every leaf of either, in A's order; then those that only B has.
-        values: Whether values were compared; else names, shapes and dtypes alone.
-        beside: Why a leaf that only one side has is no difference, by its name; such leaves are not among `leaves`.
+        values: True if values were compared; else only names, shapes and dtypes.
+        beside: Leaves of one side that are no difference, by name, with the reason; they are not among `leaves`.
 
     Example:
         >>> changed = {**params, "decoder/decoder_norm/scale": np.zeros(64, np.float32)}
@@ -81,12 +81,12 @@ class Diff(Report):
 
     @property
     def equal(self) -> bool:
-        """Whether nothing differs."""
+        """True if nothing differs."""
         return not any(leaf.differences for leaf in self.leaves)
 
     @property
     def verdict(self) -> str:
-        """All of it in a line: `47 leaves: 45 equal, 1 only in A, 1 differs in values`."""
+        """A summary in one line: `47 leaves: 45 equal, 1 only in A, 1 differs in values`."""
         kinds = collections.Counter(" and ".join(leaf.differences) for leaf in self.leaves)
         parts = []
         if count := kinds.pop("", 0):
@@ -98,7 +98,7 @@ class Diff(Report):
 
     @property
     def reasons(self) -> list[str]:
-        """What is beside, folded, with the reason: `lm_head.weight: repeats model.embed_tokens.weight`."""
+        """Leaves outside the comparison, folded, with the reason: `lm_head.weight: repeats embed_tokens.weight`."""
         reasons: dict[str, list[str]] = {}
         for name, why in self.beside.items():
             reasons.setdefault(why, []).append(name)
@@ -122,7 +122,7 @@ class Diff(Report):
         return Group(table, text_lines([*lines, f"verdict  {self.verdict}"]))
 
     def to_dict(self) -> dict[str, Any]:
-        """All of the diff, as JSON has it; a largest difference that is infinite is the string `inf`."""
+        """Returns all of the diff as values for JSON; an infinite largest difference is the string `inf`."""
         leaves = {
             leaf.name: {
                 "a": _spec_json(leaf.a),
@@ -138,7 +138,7 @@ class Diff(Report):
 
 
 def groups(leaves: Iterable[LeafDiff]) -> list[list[LeafDiff]]:
-    """Leaves that differ in nothing but their number and in how much their values do, together."""
+    """Groups leaves that differ only in their number and in the size of their differences."""
     found: dict[Any, list[LeafDiff]] = {}
     for leaf in leaves:
         found.setdefault((fold_key(leaf.name), _kind(leaf.a), _kind(leaf.b), leaf.differences), []).append(leaf)
@@ -154,7 +154,7 @@ def _spec_json(spec: jax.ShapeDtypeStruct | None) -> dict[str, Any] | None:
 
 
 def _numbers(leaves: list[LeafDiff]) -> tuple[str, ...]:
-    """How much some leaves differ, together."""
+    """Returns the differences of several leaves, added up."""
     compared = [leaf.found for leaf in leaves if leaf.found is not None]
     if not compared:
         return ("", "", "", "")
@@ -168,7 +168,7 @@ def _numbers(leaves: list[LeafDiff]) -> tuple[str, ...]:
 
 
 def described(what: str, leaves: Iterable[Any], others: int = 0) -> str:
-    """What one side is, its size, and how many other values it holds, which are no parameters."""
+    """Describes one side: its form, its size, and the number of values that are not parameters."""
     sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves]
     beside = f"; not compared: {others} that are no parameters" if others else ""
     return f"{what}: {plural(len(sizes), 'leaf', 'leaves')}, {size(sum(sizes))}{beside}"

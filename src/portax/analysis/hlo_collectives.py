@@ -12,17 +12,17 @@ _PAIR = re.compile(r"\{(\d+),(\d+)\}")
 
 
 def received_bytes(text: str, devices: int) -> int | None:
-    """Bytes that all devices together receive from others in one run of a program.
+    """Counts the bytes that all devices together receive from others in one run of a program.
 
     Counted as the usual algorithms move them: of a group of n, an all-gather or all-to-all receives (n - 1)/n of its
     result, a reduce-scatter n - 1 times its result, an all-reduce 2 (n - 1)/n.
 
     Args:
         text: The compiled program, `jax.stages.Compiled.as_text()`.
-        devices: How many devices it runs on.
+        devices: Number of devices that it runs on.
 
     Returns:
-        The bytes; None if a collective is written in a way that is not known.
+        The bytes; None if a collective is written in an unknown way.
     """
     found = [_received(line, match, devices) for line in text.splitlines() if (match := _COLLECTIVE.search(line))]
     known = [size for size in found if size is not None]
@@ -50,7 +50,7 @@ def _size(array: re.Match[str]) -> int:
 
 
 def _group(line: str, devices: int) -> int | None:
-    """How many devices take part in each group: `{{0,1},{2,3}}`, `[2,4]<=[8]`, `mesh['a'=2,'b'=4] {'b'}`, or all."""
+    """Returns the number of devices in each group: `{{0,1},{2,3}}`, `[2,4]<=[8]`, `mesh['a'=2,'b'=4] {'b'}`, or all."""
     groups = line.partition("replica_groups=")[2]
     if listed := re.match(r"\{\{([\d,]+)\}", groups):
         return listed[1].count(",") + 1

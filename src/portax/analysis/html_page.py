@@ -1,4 +1,4 @@
-"""The page that shows a picture: one HTML file that needs no network, no server and no other file."""
+"""Pages that show a picture: one HTML file that needs no network, no server and no other file."""
 
 import base64
 import hashlib
@@ -17,10 +17,10 @@ _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
 
 def render(picture: Picture) -> str:
-    """The page of a picture.
+    """Returns the page of a picture.
 
-    What it shows is data to it, whatever leaves are called: JSON without any character that HTML could read, put in
-    place by text nodes, under a policy that allows the page's own script and nothing else.
+    Names of leaves cannot inject anything: they are JSON without any character that HTML could read, shown by text
+    nodes, under a policy that allows the page's own script and nothing else.
     """
     template = importlib.resources.files("portax.analysis").joinpath("page.html").read_text()
     [script] = _SCRIPT.findall(template)
@@ -33,7 +33,7 @@ def render(picture: Picture) -> str:
 
 
 def refuse_other(path: str | os.PathLike) -> pathlib.Path:
-    """The path of a page to be written; what is there already may only be such a page.
+    """Returns the path of a page to write; an existing file there must be such a page.
 
     Raises:
         ReportError: Another file, a folder or a link has this name, or the folder is not there.
@@ -48,7 +48,7 @@ def refuse_other(path: str | os.PathLike) -> pathlib.Path:
 
 
 def write(path: str | os.PathLike, picture: Picture) -> None:
-    """Writes the page of a picture, as a whole or not at all; a page of portax that is there already is replaced.
+    """Writes the page of a picture, complete or not at all; replaces an existing page of portax.
 
     Raises:
         ReportError: Another file has this name, or it cannot be written.

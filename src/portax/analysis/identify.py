@@ -1,4 +1,4 @@
-"""Which model family a tree is of, and of what size, told from its leaves."""
+"""Identifies the model family and the sizes of a tree from its leaves."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,17 +29,17 @@ _OWN_KEYS = "self_attention/key/kernel"
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A tree, held against one model family.
+    """A comparison of a tree with one model family.
 
     Attributes:
         decoder_block: MaxText's name of the family.
         converter: Its converter.
-        sizes: What the leaves tell of the configuration.
-        untold: Sizes that the family needs and the leaves do not tell, or not apart.
+        sizes: Sizes of the configuration that follow from the leaves.
+        untold: Sizes that the family needs and the leaves do not determine.
         scan_axis: First scan axis of stacked leaves.
-        config: The configuration, if the leaves tell all of its sizes; switches that no leaf tells are the family's.
-        usual: Whether MaxText keeps this family in trees of exactly these paths.
-        odd: LayerParams that speak against it: missing, left over, or of a shape that no size explains.
+        config: The configuration, if the leaves determine all of its sizes; other switches are the family's usual ones.
+        usual: True if MaxText keeps this family in trees of exactly these paths.
+        odd: Leaves that speak against the family: missing, left over, or of a shape that no size explains.
     """
 
     decoder_block: str
@@ -55,19 +55,19 @@ class Match:
 def identify(
     params: Mapping[str, Any], families: Mapping[str, type[BaseConverter]], examples: Iterable[ModelConfig]
 ) -> list[Match]:
-    """Holds a tree against every family.
+    """Compares a tree with every family.
 
     Args:
         params: The trainer's tree, or its shapes.
         families: Converters by `decoder_block`.
-        examples: Configurations that show which switches each family has; their sizes do not count. A family without
-            one is tried with and without experts.
+        examples: Configurations that show the switches of each family; their sizes do not count. A family without an
+            example is tried with and without experts.
 
     Returns:
-        One match for each family that the tree fits, the likeliest first; where it fits none, the nearest alone.
+        One match for each family that the tree fits, the likeliest first; only the nearest if it fits none.
 
     Raises:
-        PlanError: It is no tree of parameters.
+        PlanError: `params` is no tree of parameters.
     """
     state = param_tree.read(params)
     structures = [*_structures(families, examples)]
@@ -91,7 +91,7 @@ def _rank(match: Match) -> tuple[int, bool, int]:
 
 
 def _structures(families: Mapping[str, type[BaseConverter]], shipped: Iterable[ModelConfig]) -> Iterator[ModelConfig]:
-    """One configuration for each structure that a family has."""
+    """Returns one configuration for each structure of a family."""
     structures = {_structure(config): config for config in shipped if config.decoder_block in families}
     yield from structures.values()
     for block, family in families.items():
@@ -102,13 +102,13 @@ def _structures(families: Mapping[str, type[BaseConverter]], shipped: Iterable[M
 
 
 def _structure(config: ModelConfig) -> tuple[Any, ...]:
-    """What tells one structure from another: switches, and which sizes are set at all."""
+    """Returns what sets structures apart: switches, and the sizes that are set at all."""
     values = {**vars(config), "logits_via_embedding": None} | {name: bool(getattr(config, name)) for name in _SIZES}
     return (*values.values(), config.num_experts > 1, config.num_kv_shared_layers)
 
 
 def _match(family: type[BaseConverter], example: ModelConfig, state: param_tree.ParamTree, axis: int) -> Match | None:
-    """Holds the state against one structure of a family; None if the family cannot read such a tree at all."""
+    """Compares the state with one structure of a family; None if the family cannot read such a tree at all."""
     tied = "decoder/logits_dense/kernel" not in state.leaves
     try:
         return _compared(family, dataclasses.replace(example, param_scan_axis=axis, logits_via_embedding=tied), state)
@@ -117,7 +117,7 @@ def _match(family: type[BaseConverter], example: ModelConfig, state: param_tree.
 
 
 def _compared(family: type[BaseConverter], config: ModelConfig, state: param_tree.ParamTree) -> Match:
-    """Sizes follow from what the family's hooks call the axes of each leaf."""
+    """Solves for the sizes, from the names that the family's hooks have for the axes of each leaf."""
     layout = Canonical()
     found = family(config, layout=layout).groups(state)
     layers = [layer for group in found for layer in group.layers if not group.is_global]
@@ -168,7 +168,7 @@ def _solved(config: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig | None
 
 
 def _read(converter: BaseConverter, group: LayerGroup) -> Mapping[str, str]:
-    """Which leaves the hooks read of one layer, and what they call the size of each axis."""
+    """Returns the leaves that the hooks read of one layer, with the names of their axes."""
     leaves = _Listening(group.paths, converter.config, types=group.types)
     hook = converter.global_weights if group.is_global else converter.layer_blocks
     jax.eval_shape(lambda: jax.tree.leaves(tuple(hook(leaves))))
@@ -176,7 +176,7 @@ def _read(converter: BaseConverter, group: LayerGroup) -> Mapping[str, str]:
 
 
 class _Listening(LayerParams):
-    """Leaves that write down how they are read, whatever their shapes."""
+    """Leaves that record how they are read, whatever their shapes."""
 
     def __init__(self, paths: Iterable[str], config: ModelConfig, *, types: frozenset[str]):
         super().__init__(dict.fromkeys(paths), config, types=types)
@@ -192,7 +192,7 @@ def _without_scan(group: LayerGroup, shape: tuple[int, ...], axis: int) -> tuple
 
 
 def _solve(equations: Mapping[str, set[int]], known: Mapping[str, int]) -> dict[str, int]:
-    """The sizes that follow from what leaves have on their axes: `{"2*head_dim": {256}}` tells `head_dim`."""
+    """Solves for the sizes, given the values of axes: `{"2*head_dim": {256}}` determines `head_dim`."""
     known = dict(known)
     for _ in equations:
         for name, dims in equations.items():

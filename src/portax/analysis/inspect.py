@@ -1,4 +1,4 @@
-"""What is in a checkpoint: its leaves, the family that they are of, and what each layout would make of them."""
+"""Inspects a checkpoint: its leaves, its model family, and the result of each layout."""
 
 import collections
 import dataclasses
@@ -24,16 +24,16 @@ _TENSOR_PARALLEL = (1, 2, 4, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Inspection(Report):
-    """All there is to say of a checkpoint.
+    """The report of an inspection.
 
     Attributes:
-        found: What was found, as JSON has it.
+        found: The findings, as values for JSON.
     """
 
     found: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """Returns all of it, as values for JSON."""
         return dict(self.found)
 
     def __rich__(self) -> RenderableType:
@@ -54,12 +54,12 @@ class Inspection(Report):
 
 
 def inspect(checkpoint: Checkpoint, shipped: Mapping[str, ModelConfig], config: ModelConfig | None) -> Inspection:
-    """All there is to say of a checkpoint, from its metadata alone.
+    """Inspects a checkpoint, from its metadata alone.
 
     Args:
         checkpoint: The checkpoint.
         shipped: Configurations by name.
-        config: The model's configuration, if it is known; else what the leaves tell counts.
+        config: The model's configuration; None to identify it from the leaves.
     """
     state = param_tree.read(checkpoint)
     matches = identify(checkpoint, families(), shipped.values())
@@ -120,7 +120,7 @@ def _layouts() -> dict[str, Layout]:
 
 
 def _unknown(matches: Sequence[Match]) -> str:
-    """Why no layout can be planned."""
+    """Returns the reason why no layout can be planned."""
     fits = next((match for match in matches if not match.odd), None)
     if fits is None:
         return "no family fits these leaves"
@@ -128,7 +128,7 @@ def _unknown(matches: Sequence[Match]) -> str:
 
 
 def _untold(names: Sequence[str], sizes: Mapping[str, int]) -> list[str]:
-    """What the leaves do not tell; of some sizes they tell the product alone."""
+    """Names the sizes that the leaves do not determine, or only as a product."""
     return [f"the factors of {name}={sizes[name]}" if name in sizes else name for name in names]
 
 
@@ -174,7 +174,7 @@ def _family_lines(match: Mapping[str, Any]) -> Iterator[str]:
 
 
 def tree_table(tree: Mapping[str, Mapping[str, Any]]) -> RenderableType:
-    """The leaves of a checkpoint, families folded.
+    """Returns a table of the leaves of a checkpoint, folded.
 
     Args:
         tree: `shape`, `dtype`, `chunk` and `bytes` of each leaf by its path.

@@ -1,4 +1,4 @@
-"""The folder in which an export grows, until it is whole and gets its name."""
+"""Folders that get their name when they are complete: exports and imports grow in one."""
 
 import contextlib
 import fcntl
@@ -18,49 +18,49 @@ _LOCK = "portax-export.lock"
 
 
 def unfinished_folder(folder: str | os.PathLike) -> pathlib.Path:
-    """Where an export grows."""
+    """Returns the folder in which an export grows."""
     folder = pathlib.Path(folder)
     return folder.with_name(f".{folder.name}.unfinished")
 
 
 def refuse_existing(folder: pathlib.Path) -> None:
-    """Raises a `CheckpointError` if there is anything of this name."""
+    """Raises a `CheckpointError` if something of this name exists."""
     if folder.exists() or folder.is_symlink():
         raise CheckpointError(f"{folder}: exists; nothing was written")
 
 
 def free_space(path: pathlib.Path) -> int:
-    """Bytes that are free where this path is, or would be."""
+    """Returns the free bytes at a path, which need not exist."""
     return shutil.disk_usage(existing(path)).free
 
 
 def existing(path: pathlib.Path) -> pathlib.Path:
-    """The nearest folder above that is there."""
+    """Returns the nearest parent folder that exists."""
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
 def check_space(folder: pathlib.Path, need: int) -> None:
-    """Raises a `CheckpointError` unless so many bytes can be written into a folder."""
+    """Raises a `CheckpointError` unless a folder has space for so many bytes."""
     if need > (free := shutil.disk_usage(folder).free):
         raise CheckpointError(f"{folder.parent}: {size(free)} are free, and {size(need)} would be written")
 
 
 @contextlib.contextmanager
 def atomic_dir(folder: pathlib.Path, manifest: Mapping[str, Any] | None) -> Iterator[pathlib.Path]:
-    """A folder that gets its name when the block ends without an error.
+    """Makes a folder that gets its name when the block ends without an error.
 
-    What an interrupted export left is there again if its manifest was the same; else it is removed, never mixed.
+    Files of an interrupted export with the same manifest are kept; those of any other are removed, never mixed.
 
     Args:
-        folder: The name that it gets.
-        manifest: What must be the same for an export to go on where another one stopped; None if none can go on: what
-            it wrote is then removed if it fails.
+        folder: The final name.
+        manifest: An export resumes an earlier one with an equal manifest; None if it cannot be resumed, and its files
+            are removed if it fails.
 
     Yields:
         The unfinished folder.
 
     Raises:
-        CheckpointError: The name is taken, another export is at work there, or the disk is full or does not work.
+        CheckpointError: The name is taken, another export is running there, or the disk is full or fails.
     """
     unfinished = unfinished_folder(folder)
     with _reported(folder, unfinished):

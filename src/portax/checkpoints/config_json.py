@@ -1,4 +1,4 @@
-"""The hub's `config.json` that goes with exported tensors."""
+"""The hub's `config.json` of exported tensors."""
 
 import collections
 import contextlib
@@ -20,7 +20,7 @@ _QUANTIZATION = ("quantization_config", "compression_config")  # what loaders go
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of a hub's `config.json`.
+    """Reads a hub's `config.json`.
 
     Raises:
         ConfigError: The file cannot be read, is none, or is of a model that no converter knows.
@@ -33,7 +33,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def is_hub_config(path: str | os.PathLike) -> bool:
-    """Whether a model's configuration is the hub's, and not the trainer's.
+    """Tells whether a model's configuration is the hub's, and not the trainer's.
 
     Raises:
         ConfigError: It cannot be read, or is of a model that no converter knows.
@@ -45,14 +45,14 @@ def is_hub_config(path: str | os.PathLike) -> bool:
 
 
 def field(hub_config: Mapping[str, Any], name: str) -> Any:
-    """A field of the language model's part of a `config.json`, or else of the whole; None where it is in neither."""
+    """Returns a field of the language model's part of a `config.json`, or else of the whole; None if neither has it."""
     inner = hub_config.get("text_config") or {}
     return inner[name] if inner.get(name) is not None else hub_config.get(name)
 
 
 @contextlib.contextmanager
 def in_folder(hub_config: Mapping[str, Any], plan: Plan) -> Iterator[pathlib.Path]:
-    """A temporary folder with `config.json` alone, as libraries want it that are given the weights another way."""
+    """Makes a temporary folder with `config.json` alone, for libraries that get the weights in another way."""
     with tempfile.TemporaryDirectory() as folder:
         content = json.dumps(with_dtype(hub_config, plan))
         (pathlib.Path(folder) / "config.json").write_text(content)
@@ -60,7 +60,7 @@ def in_folder(hub_config: Mapping[str, Any], plan: Plan) -> Iterator[pathlib.Pat
 
 
 def check(hub_config: Mapping[str, Any], converter: BaseConverter, plan: Plan) -> None:
-    """Raises a `ConfigError` unless a hub's `config.json` asks for exactly the tensors that are planned."""
+    """Raises a `ConfigError` unless a hub's `config.json` asks for exactly the planned tensors."""
     _check_quantization(hub_config, plan)
     read_off = read_config(hub_config)
     if read_off.decoder_block not in converter.decoder_blocks:
@@ -95,7 +95,7 @@ def _check_quantization(hub_config: Mapping[str, Any], plan: Plan) -> None:
 
 
 def with_dtype(hub_config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """The same config, with the dtype that most bytes are written in."""
+    """Returns the config with the dtype of most bytes of the tensors."""
     nbytes: collections.Counter[str] = collections.Counter()
     for entry in plan.entries:
         nbytes[entry.dtype.name] += entry.nbytes

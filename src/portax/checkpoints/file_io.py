@@ -1,4 +1,4 @@
-"""Files on disk: what has its name is whole; large arrays go around the page cache, beside their caller."""
+"""Files on disk: a file gets its name when it is complete; large arrays bypass the page cache, in another thread."""
 
 import concurrent.futures
 import contextlib
@@ -44,7 +44,7 @@ def read_at(descriptor: int, into: Shaped[np.ndarray, "..."], offset: int) -> No
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is there as a whole or not at all."""
+    """Writes a file that exists either complete or not at all."""
     part = path.with_name(path.name + PART)
     with part.open("w") as file:
         file.write(text)
@@ -63,7 +63,7 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether there was no space left, or no quota."""
+    """Tells whether an error means that there is no space or no quota left."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -86,15 +86,15 @@ def consume_behind(items: Iterable[_Item], consume: Callable[[_Item], None]) -> 
 
 
 class DirectFile:
-    """A file that is written in blocks, directly; what is left at the ends of an array goes through the page cache.
+    """A file that is written directly, in blocks; the uneven ends of an array go through the page cache.
 
-    A write through the page cache is a copy into memory that the system must find first, and the disk gets it all the
-    same. For a checkpoint that copy can take longer than the disk does, and it pushes out what others keep there.
-    Where the file system cannot do that, everything goes through the page cache.
+    A write through the page cache first copies the array into memory that the system must find. For a checkpoint that
+    copy can take longer than the disk does, and it evicts the pages of others. If the file system does not support
+    direct writes, everything goes through the page cache.
     """
 
     def __init__(self, path: pathlib.Path):
-        """Makes the file, or empties it.
+        """Creates the file, or empties it.
 
         Args:
             path: Its name.
@@ -108,7 +108,7 @@ class DirectFile:
 
         Args:
             values: The array.
-            offset: Where in the file, in bytes.
+            offset: Position in the file, in bytes.
 
         Raises:
             OSError: The disk is full, or does not work.
@@ -135,7 +135,7 @@ class DirectFile:
         return write_at(self._cached, raw, offset)
 
     def sync(self) -> None:
-        """Waits until all of it is on disk."""
+        """Waits until the whole file is on disk."""
         os.fsync(self._cached)
 
     def close(self) -> None:

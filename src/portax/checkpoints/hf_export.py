@@ -36,16 +36,16 @@ BUCKET_BYTES = 2**26
 
 @dataclasses.dataclass(frozen=True)
 class Export(Report):
-    """What an export did.
+    """The report of an export.
 
     Attributes:
-        folder: What was written.
-        tensors: How many tensors it holds.
-        shards: How many files hold them.
-        resumed: How many of those were there already, from an export that was interrupted.
+        folder: The folder of the export.
+        tensors: Number of tensors.
+        shards: Number of files.
+        resumed: Number of files that were complete already, from an interrupted export.
         nbytes: Bytes of all tensors.
-        seconds: How long it took.
-        left: Leaves of the trainer that were left out, as asked for (`leave=`).
+        seconds: Duration of the export.
+        left: Leaves of the trainer that `leave=` leaves out.
     """
 
     folder: str
@@ -57,7 +57,7 @@ class Export(Report):
     left: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """Returns all of it, as values for JSON."""
         return dataclasses.asdict(self)
 
     def __rich__(self) -> "RenderableType":
@@ -77,29 +77,29 @@ def export(
     bucket_bytes: int = BUCKET_BYTES,
     progress: Callable[[int], None] | None = None,
 ) -> Export:
-    """Converts, and writes sharded safetensors, their index and, if it is given, a `config.json`; in bounded memory.
+    """Converts a model and writes sharded safetensors, their index and a given `config.json`, in bounded memory.
 
-    This holds three buckets, and the layer that is in work; a vocabulary on disk that is larger than a bucket goes in
-    pieces. Tensors are written in the order in which the trainer's stacks lie on disk, one stack after the other and,
-    where the file system permits, around the page cache. Nothing has the final name before everything is there: until
-    then it grows in a folder beside it, `.NAME.unfinished`. The same export, started again, goes on from there.
+    It needs memory for three buckets and the layer in work; a vocabulary on disk that is larger than a bucket goes in
+    pieces. Tensors are written in the order of the trainer's stacks on disk, around the page cache if the file system
+    permits. The output gets its final name only when it is complete; until then it grows in a folder beside it,
+    `.NAME.unfinished`. Rerun an interrupted export to resume it.
 
     Args:
-        converter: The converter, and with it the layout.
-        params: What `converter.convert` takes. Only a `Checkpoint` is known again, so that its export can be resumed.
-        folder: What to write; must not exist.
-        hub_config: The content of the hub's `config.json` of this model, held against the plan.
+        converter: The converter, with the layout of the output.
+        params: As for `converter.convert`. Only the export of a `Checkpoint` can be resumed.
+        folder: The folder to write; must not exist.
+        hub_config: The content of this model's hub `config.json`; it is checked against the plan.
         shard_bytes: Most bytes of tensors in one file.
-        bucket_bytes: Bytes that are converted, and written, at a time.
-        progress: Called with the bytes that have been written since it was called last.
+        bucket_bytes: Bytes to convert and write at a time.
+        progress: Called with the number of bytes written since its last call.
 
     Returns:
-        What was done.
+        A report.
 
     Raises:
         PlanError: As `converter.plan`; before anything is written.
-        ConfigError: `hub_config` is of another model, or a number of bytes is none.
-        CheckpointError: The folder exists or cannot be written, there is no space for it, or `params` cannot be read.
+        ConfigError: `hub_config` is of another model, or a size in bytes is invalid.
+        CheckpointError: The folder exists or cannot be written, the disk has no space, or `params` cannot be read.
 
     Example:
         >>> hub = portax.converter_for(config, layout=portax.layouts.HuggingFace())
@@ -149,7 +149,7 @@ def _manifest(converter: BaseConverter, params: Any, plan: Plan, shards: tuple[S
 
 
 class _Work:
-    """What is made, and in which order: stack by stack, so that one of them at a time is in the scratch."""
+    """The tensors to make, in order: stack by stack, so that only one stack at a time is in the scratch."""
 
     def __init__(self, converter: BaseConverter, params: Any, bucket_bytes: int):
         self._converter = converter
@@ -159,7 +159,7 @@ class _Work:
         self._in_pieces = vocab_chunks.in_pieces(converter, params, bucket_bytes)
 
     def order(self) -> Iterator[Entry]:
-        """The tensors, as they are made."""
+        """Yields the tensors, in the order in which they are made."""
         whole = {entry.name for entry in self._conversion.plan.entries} - {entry.name for entry in self._in_pieces}
         leaves = self._conversion.tree.leaves
         for call in schedule(
@@ -169,7 +169,7 @@ class _Work:
         yield from self._in_pieces
 
     def parts(self, names: set[str]) -> Iterator[dict[Part, Shaped[Array, "..."]]]:
-        """Tensors of these names, a bucket at a time."""
+        """Yields tensors of these names, a bucket at a time."""
         in_pieces = [entry for entry in self._in_pieces if entry.name in names]
         whole = names.difference(entry.name for entry in in_pieces)
         for bucket in self._conversion.buckets(self._bucket_bytes, whole, by_stack=True):

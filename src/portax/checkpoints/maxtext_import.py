@@ -1,4 +1,4 @@
-"""`import_checkpoint`: a checkpoint that MaxText loads, from the hub's tensors."""
+"""`import_checkpoint`: writes a checkpoint for MaxText from the hub's tensors."""
 
 import dataclasses
 import os
@@ -22,14 +22,14 @@ _ROOT = "params/params/"  # under which MaxText 0.2.5 writes parameters, and loo
 
 @dataclasses.dataclass(frozen=True)
 class Import(Report):
-    """What an import did.
+    """The report of an import.
 
     Attributes:
-        folder: What was written.
-        items: What MaxText takes as `load_parameters_path`.
-        leaves: How many leaves it holds.
+        folder: The folder of the import.
+        items: The folder for MaxText's `load_parameters_path`.
+        leaves: Number of leaves.
         nbytes: Bytes of all leaves, before compression.
-        seconds: How long it took.
+        seconds: Duration of the import.
     """
 
     folder: str
@@ -39,7 +39,7 @@ class Import(Report):
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """Returns all of it, as values for JSON."""
         return dataclasses.asdict(self)
 
     def __rich__(self) -> "RenderableType":
@@ -61,26 +61,27 @@ def import_checkpoint(
     dtype: Any = None,
     progress: Callable[[int], None] | None = None,
 ) -> Import:
-    """Restores the trainer's tree and writes it as an Orbax checkpoint that MaxText loads; a layer at a time.
+    """Restores the trainer's tree and writes it as an Orbax checkpoint for MaxText, a layer at a time.
 
-    Chunks of a stack hold one layer each, so that layers are written, and read, by themselves. Until everything is
-    there it grows in a folder beside it, `.NAME.unfinished`, which goes if this fails.
+    Each chunk of a stack holds one layer, so that layers are written, and read, separately. The output gets its final
+    name only when it is complete; until then it grows in a folder beside it, `.NAME.unfinished`, which is removed after
+    an error.
 
     Args:
-        converter: The converter, and with it the layout of the weights, such as `HuggingFace()`.
+        converter: The converter, with the layout of `weights`, such as `HuggingFace()`.
         weights: As for `converter.restore`: a dict, or a `Checkpoint` of safetensors.
-        folder: What to write; must not exist.
-        scanned: Whether layers are stacked, as MaxText has them with `scan_layers=true`.
+        folder: The folder to write; must not exist.
+        scanned: True stacks the layers, as MaxText does with `scan_layers=true`.
         dtype: Dtype of the leaves; None keeps that of the tensors.
-        progress: Called with the bytes that have been written since it was called last.
+        progress: Called with the number of bytes written since its last call.
 
     Returns:
-        What was done.
+        A report.
 
     Raises:
         PlanError: As `converter.restore`; before anything is written.
         LayoutError: As `converter.restore`.
-        CheckpointError: The folder exists or cannot be written, there is no space for it, `weights` cannot be read, or
+        CheckpointError: The folder exists or cannot be written, the disk has no space, `weights` cannot be read, or
             Orbax is not installed.
 
     Example:
@@ -107,7 +108,7 @@ def import_checkpoint(
 
 
 def new_arrays(restoration: Restoration) -> tuple[NewArray, ...]:
-    """What an import writes: the leaves as MaxText names them, and how they are cut on disk."""
+    """Returns the arrays of an import, under MaxText's names, with their chunks on disk."""
     return tuple(
         NewArray(_ROOT + path, leaf.shape, leaf.dtype, chunk_shape(leaf.shape, leaf.dtype, restoration.scan_axes[path]))
         for path, leaf in restoration.leaves.items()

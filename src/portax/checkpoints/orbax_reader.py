@@ -1,4 +1,4 @@
-"""Orbax checkpoints, read leaf by leaf: whatever Orbax and tensorstore open, local or in a cloud, zarr or OCDBT."""
+"""Reads Orbax checkpoints leaf by leaf: local or in a cloud, zarr or OCDBT, whatever Orbax and tensorstore open."""
 
 import functools
 import hashlib
@@ -28,7 +28,7 @@ class StoredArray(LazyArray):
         name: Path of the leaf in the checkpoint.
         shape: Its shape.
         dtype: Its dtype.
-        chunk: Shape of the pieces in which it is stored; each is read as a whole.
+        chunk: Shape of its stored chunks; each is read as a whole.
     """
 
     def __init__(self, name: str, metadata: Any, spec: dict[str, Any], context: Any, scratch: Scratch):
@@ -42,10 +42,10 @@ class StoredArray(LazyArray):
         self._unstacked: dict[tuple[int, ...], Unstacked] = {}
 
     def __getitem__(self, at: Any) -> Shaped[np.ndarray, "..."]:
-        """Reads a part; by way of the scratch, what is less than a chunk, as a layer is where chunks hold several.
+        """Reads a slice. One that is smaller than a stored chunk (a layer of a stack) comes from a temporary copy.
 
         Raises:
-            CheckpointError: It cannot be read: files are missing or cut short, or the scratch has no space.
+            CheckpointError: Files are missing or cut short, or the disk has no space for the temporary copy.
         """
         at = () if at is ... else at if isinstance(at, tuple) else (at,)
         axes = tuple(axis for axis, where in enumerate(at) if not isinstance(where, slice))
@@ -66,11 +66,11 @@ class StoredArray(LazyArray):
             ) from error
 
     def release(self) -> None:
-        """Frees its place in the scratch."""
+        """Frees its temporary copy."""
         self._unstacked.clear()
 
     def _cuts_chunks(self, at: tuple[int | slice, ...]) -> bool:
-        """Whether the rest of a chunk would be read again for another part."""
+        """Tells whether another slice would need the rest of a chunk again."""
         for where, n, chunk in zip(at, self.shape, self.chunk, strict=False):
             read = len(range(*where.indices(n))) if isinstance(where, slice) else 1
             if read < min(chunk, n):
@@ -94,9 +94,9 @@ class OrbaxReader:
     """The leaves of one Orbax checkpoint.
 
     Attributes:
-        path: Where its tree is.
-        form: How it is stored, for people.
-        leaves: Every array by its path, parts apart by `/`; other values as scalar shapes.
+        path: Folder or URL of its tree.
+        form: Words for its format.
+        leaves: Every array by its path, with `/` between parts; other values as scalar shapes.
         identity: Digest that changes when the checkpoint is written again.
     """
 
@@ -105,10 +105,10 @@ class OrbaxReader:
 
         Args:
             path: A folder or URL: of a tree, of a step that holds one, or of a run that holds one step.
-            scratch: Where stacks are rewritten layer by layer, if their chunks ask for it.
+            scratch: The place for temporary copies of stacks, layer by layer.
 
         Raises:
-            CheckpointError: There is no complete checkpoint there, or Orbax is not installed.
+            CheckpointError: There is no complete checkpoint, or Orbax is not installed.
         """
         ocp = import_orbax("orbax.checkpoint")
         folder = _found(path)
@@ -140,7 +140,7 @@ class OrbaxReader:
 
 
 def import_orbax(module: str) -> types.ModuleType:
-    """Imports Orbax, or what comes with it.
+    """Imports Orbax, or a package that comes with it.
 
     Raises:
         CheckpointError: It is not installed.
@@ -154,7 +154,7 @@ def import_orbax(module: str) -> types.ModuleType:
 
 
 def _found(path: str) -> Any:
-    """The folder of the tree, wherever it is: on disk, or in a cloud whose package is installed."""
+    """Returns the folder of the tree, on disk or in a cloud whose package is installed."""
     epath = import_orbax("etils.epath")
     scheme = path.partition("://")[0] if "://" in path else None
     try:
@@ -173,7 +173,7 @@ def _found(path: str) -> Any:
 
 
 def _tree_folder(path: Any) -> Any:
-    """Where the tree is, in a folder that people may name: itself, its step, or its run."""
+    """Returns the folder of the tree, given the tree, its step, or its run."""
     if _UNFINISHED in str(path):
         raise CheckpointError(f"{path}: Orbax has not finished writing this checkpoint")
     if not path.exists():
@@ -208,5 +208,5 @@ def _identifying(folder: Any) -> Iterator[Any]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without the traces that tensorstore adds."""
+    """Returns the message of an error, without the traces that tensorstore adds."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,4 +1,4 @@
-"""Writes an Orbax checkpoint from arrays that are never whole in memory: each is filled part by part, in any order."""
+"""Writes an Orbax checkpoint of arrays that are never whole in memory: each is filled part by part, in any order."""
 
 import collections
 import dataclasses
@@ -26,13 +26,13 @@ CHUNK_BYTES = 2**26  # what a reader decodes at a time; a device that needs a pa
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NewArray:
-    """An array to be written.
+    """An array to write.
 
     Attributes:
-        path: Its path in the tree, parts apart by `/`.
+        path: Its path in the tree, with `/` between parts.
         shape: Its shape.
         dtype: Its dtype.
-        chunk: Shape of the pieces in which it is stored, each compressed on its own.
+        chunk: Shape of its stored chunks, each compressed on its own.
     """
 
     path: str
@@ -42,20 +42,20 @@ class NewArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of it, before compression."""
+        """Bytes of the array, before compression."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def chunk_shape(
     shape: tuple[int, ...], dtype: np.dtype, scan: Iterable[int], most: int = CHUNK_BYTES
 ) -> tuple[int, ...]:
-    """Chunks that hold one layer each, or an even part of one.
+    """Returns the shape of chunks that hold one layer each, or an even part of one.
 
     Args:
         shape: Shape of the array.
         dtype: Its dtype.
         scan: Its scan axes.
-        most: Bytes of one chunk, where its axes can be divided so far.
+        most: Bytes of one chunk, if its axes can be divided so far.
     """
     chunk = [1 if axis in scan else size for axis, size in enumerate(shape)]
     for axis, size in enumerate(chunk):
@@ -67,7 +67,7 @@ def chunk_shape(
 class Stores:
     """Arrays of an unfinished checkpoint, open for writing.
 
-    A context manager: nothing is written any more when it ends, however it ends.
+    A context manager: all writing has stopped when it ends, also after an error.
     """
 
     def __init__(self, stores: Mapping[str, Any]):
@@ -98,7 +98,7 @@ class Stores:
         self.wait(1)
 
     def wait(self, layers: int = 0) -> None:
-        """Waits until everything is written, but for so many layers.
+        """Waits until at most so many layers are unwritten.
 
         Raises:
             OSError: As `write`.
@@ -110,7 +110,7 @@ class Stores:
 
 
 def _settle(futures: Iterable[Any]) -> None:
-    """Waits until they have ended, well or not."""
+    """Waits until all have ended, with or without an error."""
     for future in futures:
         future.exception()
 
@@ -127,13 +127,13 @@ def _result(future: Any) -> Any:
 def write_checkpoint(
     folder: pathlib.Path, arrays: Iterable[NewArray], fill: Callable[[Stores], None], metadata: Mapping[str, Any]
 ) -> None:
-    """Writes a checkpoint of one item into a folder, as trainers do; the item has its name when it is whole.
+    """Writes a checkpoint of one item into a folder, as trainers do; the item gets its name when it is complete.
 
     Args:
-        folder: Where to write.
+        folder: The folder to write into.
         arrays: Its arrays.
         fill: Writes all of every array.
-        metadata: What the checkpoint says of itself.
+        metadata: Metadata of the checkpoint.
 
     Raises:
         OSError: The disk is full, or does not work.
@@ -158,7 +158,7 @@ def write_checkpoint(
 
 
 def _handler(ocp: Any, fill: Callable[[Stores], None]) -> Any:
-    """Tells Orbax how a `NewArray` is saved. It is read as any other array is."""
+    """Tells Orbax how to save a `NewArray`; it is read as any other array."""
 
     class Handler(ocp.type_handlers.TypeHandler):
         def typestr(self) -> str:

@@ -23,11 +23,11 @@ class Checkpoint(Mapping[str, LazyArray]):
     """The parameters of a checkpoint, by path. Converters take it wherever they take a trainer's tree.
 
     Attributes:
-        path: Where it is.
-        form: How it is stored, for people.
-        root: What stood in front of every path beside the usual roots: `model/` in a full train state of NNX.
+        path: Its folder, file or URL.
+        form: Words for its format.
+        root: Prefix of every path that is not a usual root: `model/` in a full train state of NNX.
         leaves: The parameters by path, e.g. `base/decoder/decoder_norm/scale`.
-        others: What is no parameter, by path: optimizer state, step, random state.
+        others: Values that are not parameters, by path: optimizer state, step, random state.
         identity: Digest that changes when the checkpoint is written again.
 
     Example:
@@ -45,11 +45,11 @@ class Checkpoint(Mapping[str, LazyArray]):
     identity: str
 
     def __getitem__(self, path: str) -> LazyArray:
-        """One parameter."""
+        """Returns one parameter."""
         return self.leaves[path]
 
     def __iter__(self) -> Iterator[str]:
-        """Paths of all parameters."""
+        """Iterates over the paths of all parameters."""
         return iter(self.leaves)
 
     def __len__(self) -> int:
@@ -68,15 +68,15 @@ def open_checkpoint(path: str | os.PathLike, *, scratch: str | os.PathLike | Non
     Args:
         path: An Orbax checkpoint (its tree, its step, or a run with one step; a folder or a URL that Orbax takes), or
             safetensors of a trainer's parameters by path (a file, or a folder with an index).
-        scratch: Folder for temporary files, as large as the leaves that are read in parts smaller than their chunks:
-            stacks whose chunks hold several layers each, a large vocabulary, what a mesh cuts finer than Orbax did.
-            None for the system's. Each is made when the first such part of its leaf is read.
+        scratch: Folder for temporary copies of leaves that are read in parts smaller than their chunks: stacks whose
+            chunks hold several layers, a large vocabulary, leaves that a mesh cuts finer than Orbax did. None for the
+            system's. A copy is made when the first such part of a leaf is read.
 
     Returns:
         The checkpoint.
 
     Raises:
-        CheckpointError: There is none, or it is incomplete, of a kind that is not read, or without parameters.
+        CheckpointError: There is no checkpoint, or it is incomplete, of an unknown format, or without parameters.
 
     Example:
         >>> plan = converter.plan(portax.open_checkpoint("checkpoint"))  # or "gs://run/checkpoints/1000/items"

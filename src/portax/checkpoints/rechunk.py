@@ -1,11 +1,10 @@
 """`Scratch`: stacks of layers on disk, rewritten layer by layer in temporary files.
 
-A trainer that scans its layers saves chunks that each hold a piece of *every* layer (Orbax writes what each device
-holds, and nobody partitions the scan axis). Reading one layer then means to decode the whole stack: for a model of 94
-layers, 94 times. Rewriting each stack once, chunk by chunk, costs one pass over it and the memory of the chunks in
-work, whatever the size of the model. A leaf of no layers that is asked for in parts smaller than its chunks, such as a
-vocabulary that goes in pieces, is copied there likewise. How much of the files then stays in memory is the operating
-system's to decide.
+A trainer that scans its layers saves chunks that each hold a piece of *every* layer (Orbax writes each device's shard,
+and nobody partitions the scan axis). To read one layer, the whole stack has to be decoded: 94 times for a model of 94
+layers. Rewriting each stack once, chunk by chunk, costs one pass over it and the memory of the chunks in work, whatever
+the size of the model. Other leaves that are read in parts smaller than their chunks, such as a vocabulary in pieces,
+are copied there, too. The operating system decides how much of the files stays in memory.
 """
 
 import collections
@@ -36,24 +35,24 @@ _Slab: TypeAlias = tuple[slice, ...]
 
 @runtime_checkable
 class Store(Protocol):
-    """What a stack is read from: an open `tensorstore.TensorStore`, or anything like it."""
+    """A source of stacks: an open `tensorstore.TensorStore`, or anything like it."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the stack."""
 
     def __getitem__(self, at: Any) -> Any:
-        """A part of it, with a `read()` that returns a future of an array."""
+        """Returns a part, with a `read()` that returns a future of an array."""
 
 
 class Scratch:
-    """Temporary files without names: each goes with its `Unstacked`, or when the process ends, however it ends."""
+    """Temporary files without names: each is freed with its `Unstacked`, or when the process ends."""
 
     def __init__(self, folder: str | os.PathLike | None = None):
-        """Makes a scratch; a file is made when something is written.
+        """Makes a scratch; a file is made with the first write.
 
         Args:
-            folder: Where the files are; None for the system's folder of temporary files.
+            folder: Folder of the files; None for the system's folder of temporary files.
         """
         self.folder = os.fspath(folder) if folder is not None else tempfile.gettempdir()
 
@@ -62,12 +61,12 @@ class Scratch:
 
         Args:
             store: The stack.
-            chunk: Shape of the pieces that it is read in.
+            chunk: Shape of the pieces to read at a time.
             dtype: Its dtype.
             axes: Its scan axes.
 
         Raises:
-            CheckpointError: There is no space for it.
+            CheckpointError: The disk has no space for it.
         """
         scan = tuple(store.shape[axis] for axis in axes)
         layer, piece = (tuple(n for axis, n in enumerate(of) if axis not in axes) for of in (store.shape, chunk))
@@ -93,11 +92,11 @@ class Scratch:
 
 @dataclasses.dataclass(frozen=True)
 class Unstacked:
-    """A stack in a scratch, one layer after the other, and each layer slab by slab.
+    """A stack in a scratch file, one layer after the other, each layer slab by slab.
 
     Attributes:
-        file: Where it is.
-        scan: How many layers there are on each scan axis.
+        file: Its file.
+        scan: Number of layers on each scan axis.
         layer: Shape of one layer.
         dtype: Dtype of all.
         slabs: The pieces of a layer, as they are stored one after the other: a slice for each axis of a layer.
@@ -110,11 +109,11 @@ class Unstacked:
     slabs: tuple[_Slab, ...]
 
     def read(self, position: tuple[int, ...], part: tuple[slice, ...] = ()) -> Shaped[np.ndarray, "..."]:
-        """One layer, or a part of it.
+        """Reads one layer, or a part of it.
 
         Args:
             position: Its index on each scan axis.
-            part: What of its first axes; empty for all.
+            part: Slices of its first axes; empty for all.
         """
         wanted = [slice(*where.indices(n)[:2]) for where, n in zip(part, self.layer, strict=False)]
         wanted += [slice(0, n) for n in self.layer[len(part) :]]
@@ -127,7 +126,7 @@ class Unstacked:
         return found
 
     def _fill(self, place: np.ndarray, slab: _Slab, wanted: Sequence[slice], start: int) -> None:
-        """Reads what is wanted of one slab: its rows as they are, or through a buffer."""
+        """Reads the wanted part of one slab: rows directly, or through a buffer."""
         if slab:
             row = math.prod(_shape(slab[1:])) * self.dtype.itemsize
             start += (wanted[0].start - slab[0].start) * row
@@ -142,7 +141,7 @@ class Unstacked:
         """Writes a slab of every layer.
 
         Args:
-            number: Which slab.
+            number: Number of the slab.
             layers: Its values, with the scan axes first.
         """
         for position in np.ndindex(self.scan):
@@ -150,13 +149,13 @@ class Unstacked:
             write_at(self.file.fileno(), np.ascontiguousarray(layers[position]), start)
 
     def _start(self, position: tuple[int, ...]) -> int:
-        """Where a layer begins, in bytes."""
+        """Returns the position of a layer, in bytes."""
         number = int(np.ravel_multi_index(position, self.scan)) if self.scan else 0
         return number * math.prod(self.layer) * self.dtype.itemsize
 
     @functools.cached_property
     def _offsets(self) -> tuple[int, ...]:
-        """Where in a layer each slab begins, in bytes."""
+        """Position of each slab within a layer, in bytes."""
         sizes = [math.prod(_shape(slab)) * self.dtype.itemsize for slab in self.slabs]
         return tuple(itertools.accumulate(sizes[:-1], initial=0))
 
@@ -166,12 +165,12 @@ def _shape(of: Iterable[slice]) -> tuple[int, ...]:
 
 
 def _within(these: Iterable[slice], those: Iterable[slice]) -> tuple[slice, ...]:
-    """The same slices, counted from where others begin."""
+    """Returns slices relative to the start of others."""
     return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(these, those, strict=True))
 
 
 def _read(store: Store, slabs: Iterable[_Slab], axes: tuple[int, ...]) -> Iterator[tuple[int, np.ndarray]]:
-    """Reads slabs of all layers, scan axes first; the next one while the last one is in work."""
+    """Reads slabs of all layers, scan axes first; reads the next slab while the last one is in use."""
     reading: collections.deque[tuple[int, Any]] = collections.deque()
     for number, slab in enumerate(slabs):
         rest = iter(slab)

@@ -1,4 +1,4 @@
-"""Safetensors, one file or a folder of them with an index, read leaf by leaf."""
+"""Reads safetensors leaf by leaf: one file, or a folder of files with an index."""
 
 import functools
 import hashlib
@@ -82,7 +82,7 @@ class SafetensorsReader:
 
     Attributes:
         path: The file or folder.
-        form: How it is stored, for people.
+        form: Words for its format.
         leaves: Every tensor by its name.
         identity: Digest that changes when a file is written again.
     """
@@ -114,7 +114,7 @@ class SafetensorsReader:
 
 
 def _files(path: pathlib.Path) -> Mapping[pathlib.Path, Collection[str] | None]:
-    """The files to read, each with the tensors that the index says it has."""
+    """Returns the files to read, each with the tensors that the index gives it."""
     if not path.is_dir():
         return {path: None}
     if not (path / INDEX).exists():
@@ -166,7 +166,7 @@ def _opened(path: pathlib.Path) -> Any:
 
 
 def _what_is_wrong(path: pathlib.Path) -> str | None:
-    """The usual reasons why a file that is there cannot be read; None if it is another one."""
+    """Returns the usual reasons why an existing file cannot be read; None for any other reason."""
     try:
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))

@@ -1,4 +1,4 @@
-"""Shards of a planned checkpoint: their names, headers and offsets, all known before a byte is written."""
+"""Shards of a planned checkpoint: names, headers and offsets, all known before a byte is written."""
 
 import dataclasses
 import json
@@ -17,8 +17,8 @@ class Shard:
 
     Attributes:
         name: Its name: `model-00001-of-00004.safetensors`.
-        header: What it begins with: the length of the header, and the header.
-        offsets: Where each tensor begins in the file, in bytes.
+        header: Its first bytes: the length of the header, and the header.
+        offsets: Position of each tensor in the file, in bytes.
         nbytes: Bytes of the whole file.
     """
 
@@ -33,7 +33,7 @@ class Shard:
         return self.nbytes - len(self.header)
 
     def is_whole(self, folder: pathlib.Path) -> bool:
-        """Whether a folder holds this file: its header, and all of its bytes."""
+        """Tells whether a folder holds the complete file: its header, and all of its bytes."""
         path = folder / self.name
         if not path.is_file() or path.stat().st_size != self.nbytes:
             return False
@@ -46,14 +46,14 @@ def make_shards(entries: Iterable[Entry], shard_bytes: int) -> tuple[Shard, ...]
 
     Args:
         entries: Its tensors.
-        shard_bytes: Most bytes of tensors in a file; one that is larger has a file of its own.
+        shard_bytes: Most bytes of tensors in a file; a larger tensor has a file of its own.
     """
     cuts = [*_cut(entries, shard_bytes)]
     return tuple(_shard(f"model-{i:05}-of-{len(cuts):05}.safetensors", cut) for i, cut in enumerate(cuts, 1))
 
 
 def index(shards: Iterable[Shard]) -> str:
-    """The content of `model.safetensors.index.json`."""
+    """Returns the content of `model.safetensors.index.json`."""
     shards = tuple(shards)
     total = sum(shard.tensor_bytes for shard in shards)
     weight_map = {name: shard.name for shard in shards for name in shard.offsets}

@@ -1,4 +1,4 @@
-"""`ShardWriter`: tensors into shards, in the order in which they are made."""
+"""`ShardWriter`: writes tensors into shards, in the order in which they are made."""
 
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
@@ -13,16 +13,16 @@ Part: TypeAlias = tuple[str, int]  # a tensor's name, and the byte of it that th
 
 
 class ShardWriter:
-    """Puts tensors where they belong. A file has its own name as soon as all of its tensors are in it, and not before.
+    """Writes tensors to their positions in shards. A file gets its own name when all of its tensors are written.
 
-    A context manager: files that are not whole when it ends are removed.
+    A context manager: files that are incomplete when it ends are removed.
     """
 
     def __init__(self, folder: pathlib.Path, shards: Iterable[Shard], report: Callable[[int], None]):
         """Makes a writer.
 
         Args:
-            folder: Where the files are made.
+            folder: Folder of the files.
             shards: The files.
             report: Called with the bytes of every part that has been written.
         """
@@ -44,7 +44,7 @@ class ShardWriter:
         """Writes tensors, or parts of them; all parts of a tensor together hold each of its bytes once.
 
         Args:
-            parts: Values by the tensor's name and the byte of it that they begin at.
+            parts: Values by the tensor's name and their position in it, in bytes.
 
         Raises:
             OSError: The disk is full, or does not work.

@@ -1,7 +1,7 @@
-"""A vocabulary some rows at a time: tensors that are larger than a bucket, converted in pieces.
+"""Converts a vocabulary some rows at a time, if its tensors are larger than a bucket.
 
-An embedding can take more memory than everything else that an export holds. Its rows do not depend on each other: some
-of them are the embedding of the same model with a smaller vocabulary, and are converted as that.
+An embedding can take more memory than the rest of an export. Its rows are independent of each other: some of its rows
+are the embedding of the same model with a smaller vocabulary, and are converted as such.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Rows(LazyArray):
         self.dtype = array.dtype
 
     def __getitem__(self, at: Any) -> Shaped[np.ndarray, "..."]:
-        """Reads a part of them."""
+        """Reads a part of the rows."""
         at = () if at is ... else at if isinstance(at, tuple) else (at,)
         whole = [*at, *[slice(None)] * (self.ndim - len(at))]
         first, last, _ = whole[self._axis].indices(self.shape[self._axis])
@@ -40,16 +40,16 @@ class Rows(LazyArray):
         return self._array[tuple(whole)]
 
     def release(self) -> None:
-        """Frees what the array keeps."""
+        """Frees the array's temporary copy."""
         self._array.release()
 
 
 def in_pieces(converter: BaseConverter, params: Params, bucket_bytes: int) -> tuple[Entry, ...]:
-    """The tensors that are larger than a bucket, and whose rows are those of a vocabulary on disk.
+    """Returns the tensors that are larger than a bucket, and whose rows are those of a vocabulary on disk.
 
     Args:
         converter: The converter.
-        params: What it is to convert.
+        params: As for `converter.convert`.
         bucket_bytes: Bytes of a bucket.
     """
     leaves = converter.read(params).rooted
@@ -72,13 +72,13 @@ def in_pieces(converter: BaseConverter, params: Params, bucket_bytes: int) -> tu
 def pieces(
     converter: BaseConverter, params: Params, entry: Entry, bucket_bytes: int
 ) -> Iterator[tuple[int, Shaped[Array, "rows ..."]]]:
-    """Converts one of those tensors.
+    """Converts one of those tensors, piece by piece.
 
     Args:
         converter: The converter.
-        params: What it is to convert.
+        params: As for `converter.convert`.
         entry: The tensor, one of `in_pieces`.
-        bucket_bytes: Bytes of a piece and of what it is made of, together.
+        bucket_bytes: Bytes of a piece and its sources, together.
 
     Yields:
         The first row of each piece, and the piece.
@@ -98,7 +98,7 @@ def pieces(
 
 
 def _smaller(converter: BaseConverter, params: Params, start: int, stop: int) -> tuple[BaseConverter, ParamTree]:
-    """The model whose vocabulary is some rows of this one's."""
+    """Returns the model whose vocabulary is some rows of this one's."""
     config = dataclasses.replace(converter.config, vocab_size=stop - start)
     smaller = converter.on(converter.mesh, config=config)
     state = converter.read(params)

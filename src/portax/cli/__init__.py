@@ -1,1 +1,1 @@
-"""The portax command."""
+"""The `portax` command."""

@@ -1,4 +1,4 @@
-"""Arguments that commands have in common: the weights, the model, the layout."""
+"""Arguments of several commands: the weights, the model, the layout."""
 
 import argparse
 import math
@@ -36,8 +36,8 @@ def add_weights(parser: argparse.ArgumentParser, *, filled: bool = False) -> Non
     """Adds the weights: a checkpoint or a tree.
 
     Args:
-        parser: Where to add them.
-        filled: Whether a dumped tree will do, which has no values of its own.
+        parser: The parser to extend.
+        filled: True accepts a dumped tree, which has no values of its own.
     """
     text = (
         "an Orbax checkpoint (a folder or URL: its tree, its step, or a run with one step), or a trainer's tree as "
@@ -52,8 +52,8 @@ def add_model(parser: argparse.ArgumentParser, *, default: str | None = None) ->
     """Adds the model's configuration.
 
     Args:
-        parser: Where to add it.
-        default: What counts without one.
+        parser: The parser to extend.
+        default: Help text for the default.
     """
     end = f" (default: {default})" if default else ""
     which = parser.add_mutually_exclusive_group()
@@ -97,10 +97,10 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def new_folder(args: argparse.Namespace) -> pathlib.Path:
-    """The folder that a command writes.
+    """Returns the folder that a command writes.
 
     Raises:
-        CheckpointError: There is something of this name.
+        CheckpointError: Something of this name exists.
     """
     out = pathlib.Path(args.out)
     refuse_existing(out)
@@ -119,7 +119,7 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
 
 
 def meshes(args: argparse.Namespace, layout: layouts.Layout) -> tuple[dict[str, int], dict[str, int]]:
-    """Sizes of the axes of the trainer's mesh, and of the engines' on the same devices.
+    """Returns the sizes of the axes of the trainer's mesh, and of the engines' on the same devices.
 
     Raises:
         ConfigError: They are not given, or of different sizes, or the layout is for no engine's mesh.
@@ -145,7 +145,7 @@ def _mesh(text: str) -> dict[str, int]:
 
 
 def byte_count(text: str) -> int:
-    """The type of an option that is a number of bytes."""
+    """Parses an option that is a number of bytes."""
     try:
         return byte_counts.parse_byte_count("bytes", text)
     except ConfigError as error:
@@ -159,7 +159,7 @@ def add_page(parser: argparse.ArgumentParser) -> None:
 
 
 def page(args: argparse.Namespace) -> pathlib.Path | None:
-    """Where to write that page, if it was asked for.
+    """Returns the path of the page to write; None without `--html`.
 
     Raises:
         ReportError: Another file has this name.
@@ -168,7 +168,7 @@ def page(args: argparse.Namespace) -> pathlib.Path | None:
 
 
 def named_config(args: argparse.Namespace) -> str | pathlib.Path | None:
-    """The file of the configuration that was named, if one was.
+    """Returns the file of the named configuration; None if none is named.
 
     Raises:
         ConfigError: No configuration of that name is shipped.
@@ -177,7 +177,7 @@ def named_config(args: argparse.Namespace) -> str | pathlib.Path | None:
 
 
 def hub_config(args: argparse.Namespace) -> dict[str, Any] | None:
-    """The content of the hub's `config.json` that was named: by --hub-config, or by --config, which may be MaxText's.
+    """Returns the content of the named hub `config.json`: of --hub-config, or of --config, which may also be MaxText's.
 
     Raises:
         ConfigError: The file cannot be read, or is none.
@@ -190,7 +190,7 @@ def hub_config(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def layout(args: argparse.Namespace) -> layouts.Layout:
-    """The layout that was asked for.
+    """Returns the layout that the options describe.
 
     Raises:
         ConfigError: An engine without a tensor-parallel size, or an option that is not for it.
@@ -223,14 +223,14 @@ def layout(args: argparse.Namespace) -> layouts.Layout:
 
 
 def _of_maxtext(args: argparse.Namespace) -> dict[str, Any]:
-    """What was said that is for an engine with MaxText's own model alone."""
+    """Returns the given options that are only for an engine with MaxText's own model."""
     named: dict[str, Any] = {} if args.expert_parallel is None else {"expert_parallel": args.expert_parallel}
     named |= {"prefused": False} if args.not_prefused else {}
     return named | ({} if args.experts is None else {"experts": args.experts})
 
 
 def converter(args: argparse.Namespace, config: ModelConfig, layout: layouts.Layout) -> BaseConverter:
-    """The converter for a model and a layout, with the options that were given.
+    """Returns the converter for a model and a layout, with the given options.
 
     Raises:
         ConfigError: The configuration is of an unknown family.
@@ -241,12 +241,12 @@ def converter(args: argparse.Namespace, config: ModelConfig, layout: layouts.Lay
 def weights_and_config(
     args: argparse.Namespace, opened: Callable[..., tuple[Any, Any]], *, required: bool = True
 ) -> tuple[Mapping[str, Any] | None, ModelConfig]:
-    """The weights, if any are named, and the configuration.
+    """Returns the weights, if any are named, and the configuration.
 
     Args:
         args: The parsed command.
         opened: Opens the weights: one of `inputs`.
-        required: Whether there must be weights.
+        required: True if there must be weights.
 
     Raises:
         ConfigError: There is no configuration, or it is not usable; or no weights where there must be.

@@ -1,4 +1,4 @@
-"""`Command`: what each module of this folder defines."""
+"""`Command`: the definition of a command, one in each module of this folder."""
 
 import argparse
 import dataclasses
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def nothing_kept(args: argparse.Namespace) -> str:
-    """What an interrupted command says if it writes nothing but what it shows."""
+    """Returns the message of an interrupted command that writes no files."""
     return "nothing was written; run the same command again"
 
 
@@ -15,11 +15,11 @@ class Command:
     """One command of `portax`.
 
     Attributes:
-        name: What people type.
-        text: What it does, in a sentence.
+        name: Its name on the command line.
+        text: A sentence of help.
         add: Adds its arguments to a parser.
         run: Carries it out and returns the exit code.
-        interrupted: What an interrupted run left behind, and how to go on.
+        interrupted: Returns a message about the remains of an interrupted run, and how to go on.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""`portax convert`: a checkpoint to an engine's or the hub's tensors on disk."""
+"""`portax convert`: writes a checkpoint as an engine's or the hub's tensors."""
 
 import argparse
 import pathlib
@@ -70,7 +70,7 @@ def _interrupted(args: argparse.Namespace) -> str:
 
 
 def _hub_config(args: argparse.Namespace, layout: Any) -> Mapping[str, Any] | None:
-    """The `config.json` to write: the one named, or one that is derived; none for an engine's tensors.
+    """Returns the `config.json` to write: the named one, or a derived one; None for an engine's tensors.
 
     Raises:
         ConfigError: It can neither be read nor derived, and `--no-hub-config` was not given; or it is for no engine.

@@ -1,4 +1,4 @@
-"""`portax demo`: shipped MaxText trees are converted, and every leaf is held against the real engine's."""
+"""`portax demo`: converts shipped MaxText trees and compares every leaf with the real engine's."""
 
 import argparse
 import itertools

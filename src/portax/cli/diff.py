@@ -1,4 +1,4 @@
-"""`portax diff`: two checkpoints, leaf by leaf."""
+"""`portax diff`: compares two checkpoints, leaf by leaf."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""`portax doctor`: an engine's state is scrambled, synced into, and looked at leaf by leaf."""
+"""`portax doctor`: scrambles an engine's state, syncs into it, and checks it leaf by leaf."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""`portax import`: a checkpoint from the hub to one that MaxText loads."""
+"""`portax import`: writes a checkpoint for MaxText from one of the hub."""
 
 import argparse
 import pathlib

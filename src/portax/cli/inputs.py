@@ -1,4 +1,4 @@
-"""What a user may name as weights: a checkpoint, or a tree that was dumped without its values."""
+"""Weights that a user can name: a checkpoint, or a dumped tree without values."""
 
 import os
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from portax.testing.golden import Tree
 
 
 def open_values(path: str | os.PathLike, *, scratch: str | os.PathLike | None = None) -> tuple[Checkpoint, None]:
-    """Opens weights whose values count.
+    """Opens weights for their values.
 
     Args:
-        path: What `open_checkpoint` takes.
+        path: As for `open_checkpoint`.
         scratch: As for `open_checkpoint`.
 
     Returns:
@@ -27,10 +27,10 @@ def open_values(path: str | os.PathLike, *, scratch: str | os.PathLike | None = 
 def open_shapes(
     path: str | os.PathLike, *, scratch: str | os.PathLike | None = None
 ) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
-    """Opens weights of which only names, shapes and dtypes count.
+    """Opens weights for their names, shapes and dtypes.
 
     Args:
-        path: What `open_checkpoint` takes, or the `.json` of a dumped tree (configuration and shapes).
+        path: As for `open_checkpoint`, or the `.json` of a dumped tree (configuration and shapes).
         scratch: As for `open_checkpoint`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""`portax inspect`: what is in a checkpoint, and which model it is of."""
+"""`portax inspect`: lists a checkpoint's leaves and identifies its model."""
 
 import argparse
 

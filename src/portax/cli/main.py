@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     """Carries out a command line and returns its exit code.
 
     Args:
-        arguments: What stands behind `portax`.
+        arguments: The words after `portax`.
     """
     args = _parser().parse_args(arguments)
     try:

@@ -18,14 +18,14 @@ _OPTIONS = (  # what the library advises those who call it, and what people at a
 
 
 def for_shell(text: str) -> str:
-    """A message of the library, with options where it names arguments of functions."""
+    """Returns a message of the library with options instead of arguments of functions."""
     for argument, option in _OPTIONS:
         text = re.sub(argument, option, text)
     return text
 
 
 def as_dict(error: PortaxError) -> dict[str, Any]:
-    """An error for machines: its kind, what it says and, if a plan failed, each of the problems."""
+    """Returns an error as values for JSON: its kind, its message and, if a plan failed, each of the problems."""
     found: dict[str, Any] = {"error": type(error).__name__, "message": for_shell(str(error))}
     if isinstance(error, PlanError):
         found["problems"] = [_problem(problem) for problem in error.problems]

@@ -1,4 +1,4 @@
-"""`portax models`: the model families that there are, and the sizes whose configurations are shipped."""
+"""`portax models`: lists the model families, and the sizes with shipped configurations."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def family_rows(known: Mapping[str, type[BaseConverter]], shipped: Mapping[str, ModelConfig]) -> list[dict[str, str]]:
-    """What there is to say of each model family.
+    """Returns a row of facts for each model family.
 
     Args:
         known: Converters by `decoder_block`.

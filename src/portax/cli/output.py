@@ -1,4 +1,4 @@
-"""What commands print: reports and tables on standard output, everything else on standard error."""
+"""Output of commands: reports and tables on standard output, everything else on standard error."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ _WIDTH = 240  # of what is no terminal
 
 
 def report(args: argparse.Namespace, found: Report) -> None:
-    """Prints a report: as JSON if that was asked for, else for people."""
+    """Prints a report: as JSON with `--json`, else for people."""
     either(args, found.to_dict(), found)
 
 
@@ -45,5 +45,5 @@ def complain(text: str) -> None:
 
 
 def status(text: str) -> Status:
-    """Shows on standard error that something goes on, while the block runs; on a terminal alone."""
+    """Shows a message on standard error while the block runs, if that is a terminal."""
     return Console(stderr=True).status(text)

@@ -1,4 +1,4 @@
-"""`portax plan`: what would be written from what."""
+"""`portax plan`: shows every leaf that a conversion would write, and its sources."""
 
 import argparse
 import math
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _planned(converter: BaseConverter, params: Mapping[str, Any], page: pathlib.Path | None, what: str) -> Plan:
-    """The plan; the page shows it, with its problems if it has any."""
+    """Returns the plan; writes the page, with the plan's problems if it has any."""
     try:
         plan = converter.plan(params)
     except PlanError as error:

@@ -1,4 +1,4 @@
-"""A bar with the rate and the time that is left; on a terminal alone."""
+"""A progress bar with the rate and the remaining time; on a terminal only."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,10 +12,10 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """Shows a bar on standard error while the block runs.
 
     Args:
-        what: What is going on.
+        what: The running task, in words.
 
     Yields:
-        A function to be called with the bytes that were done since it was called last, and the bytes there are in all.
+        A function that takes the number of bytes done since its last call, and the total.
     """
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""`portax validate`: a checkpoint, converted, loaded into an engine, and made to talk."""
+"""`portax validate`: converts a checkpoint, loads it into an engine, and generates."""
 
 import argparse
 import dataclasses

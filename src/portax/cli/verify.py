@@ -1,4 +1,4 @@
-"""`portax verify`: trees are converted, and every leaf is held against golden files."""
+"""`portax verify`: converts trees and compares every leaf with golden files."""
 
 import argparse
 import math

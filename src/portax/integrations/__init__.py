@@ -1,4 +1,4 @@
-"""Where portax meets other programs: one module each, imported when it is first named, for each needs its packages."""
+"""Integrations with other programs, one module each; each needs its packages, so it is imported when first named."""
 
 import importlib
 from typing import Any

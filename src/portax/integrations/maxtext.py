@@ -16,15 +16,15 @@ from portax.sync.staging import Staging
 class WeightConverter:
     """A converter with the signature of MaxText's.
 
-    What it returns stays in the same buffers from one call to the next: a transport registers them once, and is to be
-    done with them (`release_weight_sync`) before the next call.
+    Its results stay in the same buffers from one call to the next: a transport registers them once, and must release
+    them (`release_weight_sync`) before the next call.
     """
 
     def __init__(self, converter: BaseConverter, mesh: Mesh):
-        """Makes one.
+        """Makes a weight converter.
 
         Args:
-            converter: Says what the rollout engine holds.
+            converter: The converter for the rollout engine.
             mesh: The trainer's devices, with the axes that the rollout engine's specs name.
 
         Raises:
@@ -35,11 +35,11 @@ class WeightConverter:
         self._checked: Any = None
 
     def convert(self, src_pytree: Any, target_state: Any = None) -> Weights:
-        """The rollout engine's leaves by full name, flat, as tpu-inference names them to its transport.
+        """Returns the rollout engine's leaves by full name, flat, as tpu-inference names them for its transport.
 
         Args:
             src_pytree: The trainer's parameters, as for `converter.convert`.
-            target_state: What the rollout engine holds, or its shapes: is compared with what is made.
+            target_state: The rollout engine's leaves, or their shapes, to check the results against.
 
         Raises:
             PlanError: As for `converter.plan`.
@@ -59,7 +59,7 @@ def install(engine: Any, converter: BaseConverter, mesh: Mesh) -> WeightConverte
         mesh: As for `WeightConverter`.
 
     Returns:
-        What the engine calls from now on.
+        The converter that the engine calls from now on.
 
     Raises:
         LayoutError: The mesh does not fit the layout.

@@ -1,4 +1,4 @@
-"""MaxText's own model inside a live vLLM engine (`MaxTextForCausalLM`): how it holds weights, and which are its own.
+"""MaxText's own model inside a live vLLM engine (`MaxTextForCausalLM`): its layout, and its leaves.
 
 `portax.integrations.tpu_inference` asks here; measured with MaxText 0.2.5 and tpu-inference 0.32.0.
 """
@@ -22,19 +22,19 @@ _UNPROVEN = ("scan_layers", "quantization", "fused_mlp", "fused_qkv", "fuse_expe
 
 
 def is_maxtext(runner: Any) -> bool:
-    """Whether the engine runs MaxText's own model."""
+    """Tells whether the engine runs MaxText's own model."""
     return type(getattr(runner, "model", None)).__name__ == _CLASS
 
 
 def layout(runner: Any, *, experts: str = "per_shard") -> MaxTextVllm:
-    """How the engine holds weights, read off its mesh and the configuration of its model.
+    """Returns the layout, read off the engine's mesh and the configuration of its model.
 
     Args:
         runner: The engine's runner.
         experts: As for `MaxTextVllm`.
 
     Raises:
-        LayoutError: The engine is started in a way that was not proven; or MaxText's version is unknown.
+        LayoutError: The engine was started in a way that is not proven, or MaxText's version is unknown.
     """
     mesh, config = runner.mesh.shape, runner.model.maxtext_config
     _check_mesh(mesh)
@@ -60,9 +60,10 @@ def layout(runner: Any, *, experts: str = "per_shard") -> MaxTextVllm:
 
 
 def trainer_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The leaves of the engine's state by full name, without those that are its own, told by the type of the variable.
+    """Returns the leaves of the engine's state by full name, except those that are the engine's own by their type.
 
-    That is the state of random number generators, and caches. Whatever else is no weight stays, to be found out.
+    The engine's own are the states of random number generators, and caches. Any other leaf that is no weight stays, so
+    that a plan reports it.
     """
     from flax import nnx  # the engine's own dependency, not ours
 
@@ -89,7 +90,7 @@ def _check_mesh(mesh: Mapping[str, int]) -> None:
 
 
 def _check_width(layout: MaxTextVllm, config: Any) -> None:
-    """A width padded otherwise than the adapter does it was set by hand, and the kernel may not take it."""
+    """Refuses a width that was padded by hand, in another way than the adapter's: the kernel may not take it."""
     if getattr(config, "num_experts", 1) <= 1:
         return
     width = getattr(config, "moe_mlp_dim", None) or config.base_moe_mlp_dim
@@ -103,7 +104,7 @@ def _check_width(layout: MaxTextVllm, config: Any) -> None:
 
 
 def _unknown_specs(state: Mapping[str, Any]) -> Iterable[tuple[str, PartitionSpec]]:
-    """How leaves are cut that no rule knows, by what they are called within a layer."""
+    """Returns the partitioning of leaves that no rule covers, by their names within a layer."""
     found: dict[str, PartitionSpec] = {}
     for name, leaf in _weights(state):
         sharding, path = getattr(leaf, "sharding", None), name.replace(".", "/")
@@ -119,7 +120,7 @@ def _weights(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(sharding: NamedSharding) -> PartitionSpec:
-    """A partitioning without axes of size 1."""
+    """Returns a partitioning without axes of size 1."""
     cuts = [(cut,) if isinstance(cut, str) else tuple(cut or ()) for cut in sharding.spec]
     cuts = [tuple(axis for axis in cut if sharding.mesh.shape[axis] > 1) for cut in cuts]
     return PartitionSpec(*(cut[0] if len(cut) == 1 else cut or None for cut in cuts))

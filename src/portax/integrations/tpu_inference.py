@@ -1,6 +1,6 @@
-"""A live vLLM engine on tpu-inference: what it holds, on torchax, as a native or MaxText's JAX model; how to write it.
+"""A live vLLM engine on tpu-inference, with a torchax, native or MaxText model: its leaves, its layout, its syncs.
 
-Everything is read off the engine; nothing is asked twice. Measured on vllm-tpu and tpu-inference 0.32.0.
+Everything is read off the engine. Measured on vllm-tpu and tpu-inference 0.32.0.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _EMBEDDINGS = {  # by whether the model is a native JAX one: the token embedding
 
 
 def model_runner(engine: Any) -> Any:
-    """The runner that holds the weights.
+    """Returns the runner that holds the weights.
 
     Args:
         engine: A `vllm.LLM`, or what else has its `llm_engine`; or the runner itself.
@@ -47,17 +47,18 @@ def model_runner(engine: Any) -> Any:
 
 
 def engine_state(engine: Any) -> Mapping[str, Any]:
-    """The engine's live leaves: a dict by name, or the nested `nnx.State` of a native JAX model.
+    """Returns the engine's live leaves: a dict by name, or the nested `nnx.State` of a native JAX model.
 
-    Of MaxText's own model, the variables by name, without those that are the engine's own.
+    For MaxText's own model it is the variables by name, without the engine's own.
 
-    The next step sees what is written into a dict; of an `nnx.State`, after the runner's `refresh_state_leaves()`.
+    The engine's next step sees leaves that are written into a dict. Leaves written into an `nnx.State` need the runner's
+    `refresh_state_leaves()` first.
 
     Args:
         engine: As for `model_runner`.
 
     Raises:
-        SyncError: The draft of an engine with speculative decoding holds some of these very arrays.
+        SyncError: The draft model of speculative decoding holds some of the same arrays.
     """
     runner = model_runner(engine)
     _refuse_shared_draft(runner)
@@ -65,7 +66,7 @@ def engine_state(engine: Any) -> Mapping[str, Any]:
 
 
 def _refuse_shared_draft(runner: Any) -> None:
-    """A draft that got the target's own embedding would be left with a deleted array, or with old weights."""
+    """Refuses a draft that shares the target's embedding: it would keep a deleted array, or old weights."""
     draft = getattr(runner, "drafter", None)
     held = [getattr(draft, name, None) for name in ("state", "state_leaves")]
     theirs = {id(leaf) for leaf in jax.tree.leaves(held) if isinstance(leaf, jax.Array)}
@@ -82,18 +83,18 @@ def _refuse_shared_draft(runner: Any) -> None:
 def layout(
     engine: Any, *, experts: str = "per_shard", recipe: str | None = None, scale_form: str | None = None
 ) -> TpuInference | FlaxNnx | MaxTextVllm:
-    """How the engine holds weights: implementation, version, parallel sizes, MoE backend, dtype and quantisation.
+    """Returns the engine's layout: implementation, version, parallel sizes, MoE backend, dtype and quantisation.
 
     Args:
         engine: As for `model_runner`.
-        experts: In which order MaxText's own model holds experts; see `MaxTextVllm`. Other models have but one.
-        recipe: What made the fp8 checkpoint in blocks that the engine loaded, which it does not tell: `fp8-block` or
+        experts: The order of experts in MaxText's own model; see `MaxTextVllm`. Other models have only one.
+        recipe: The recipe of the fp8 block checkpoint that the engine loaded, which it does not tell: `fp8-block` or
             `fp8-block-hf`; see `Quantization`.
-        scale_form: What the engine's compiler makes of scales; see `Quantization`. None where it runs on CPU.
+        scale_form: The rounding of scales by the engine's compiler; see `Quantization`. None for an engine on CPU.
 
     Raises:
-        LayoutError: It is quantised in a way that was not run or is wrong, or its mesh cuts weights along axes that are
-            not covered.
+        LayoutError: The engine quantises in a way that was not run or is wrong, or its mesh cuts weights along unknown
+            axes.
     """
     runner = model_runner(engine)
     config = runner.vllm_config.model_config
@@ -123,12 +124,12 @@ def layout(
 
 
 def _native(runner: Any) -> bool:
-    """Whether the model is a native JAX one; torchax has a plain dict."""
+    """Tells whether the model is a native JAX one; torchax has a plain dict."""
     return type(runner.state) is not dict
 
 
 def _moe_backends(runner: Any) -> Iterable[Any]:
-    """What each module of the model says of its experts' backend; None if it has none."""
+    """Returns the expert backend that each module of the model states; None if it has none."""
     if not _native(runner):
         modules = runner.model.model.modules()
         return [getattr(getattr(module, "quant_method", None), "moe_backend", None) for module in modules]
@@ -138,7 +139,7 @@ def _moe_backends(runner: Any) -> Iterable[Any]:
 
 
 def _parallel_sizes(mesh: Mapping[str, int]) -> tuple[int, int | None]:
-    """Tensor-parallel size as the engine was asked for it, of which `model` is attention's part, and attention_dp."""
+    """Returns the tensor-parallel size that the engine was asked for, of which `model` is a part, and attention_dp."""
     known = ("data", "attn_dp", "model")
     if others := [f"{axis}={size}" for axis, size in mesh.items() if axis not in known and size > 1]:
         raise LayoutError(
@@ -151,7 +152,7 @@ def _parallel_sizes(mesh: Mapping[str, int]) -> tuple[int, int | None]:
 
 
 def module_prefix(engine: Any) -> str:
-    """What the engine's model class wraps its language model in, e.g. `language_model.`.
+    """Returns the module around the language model in the engine's model class, e.g. `language_model.`.
 
     Args:
         engine: As for `model_runner`.
@@ -178,12 +179,12 @@ def weight_sync(
     scale_form: str | None = None,
     **options: Any,
 ) -> WeightSync:
-    """A `WeightSync` into the engine.
+    """Makes a `WeightSync` into the engine.
 
     Args:
         engine: As for `model_runner`.
         config: The trainer's configuration.
-        experts: As for `layout`, if it is not to be its default.
+        experts: As for `layout`; None for its default.
         recipe: As for `layout`.
         scale_form: As for `layout`.
         **options: Of `WeightSync`.
@@ -205,9 +206,9 @@ def weight_sync(
 
 @contextlib.contextmanager
 def updating(llm: Any) -> Iterator[None]:
-    """Puts the engine in order around a sync: no stale prefixes before it, a KV cache after it, also after an error.
+    """Prepares the engine for a sync, by dropping stale prefixes, and restores its KV cache afterwards.
 
-    It asks the engine's workers, so the core may be in this process or in another one.
+    The cache is restored also after an error. The engine's workers do it, so the core may be in this process or in another one.
 
     Args:
         llm: The `vllm.LLM`, or what else has its `llm_engine`; no request may be in flight.

@@ -1,7 +1,7 @@
-"""What a live tpu-inference engine quantises, read off it, as far as it tells.
+"""The quantisation of a live tpu-inference engine, as far as the engine tells it.
 
-Measured on tpu-inference 0.32.0. An engine does not tell which recipe made its checkpoint, nor what a TPU makes of the
-rounding of scales: both have to be named.
+Measured on tpu-inference 0.32.0. An engine does not tell the recipe of its checkpoint, nor how a TPU
+rounds scales: name both.
 """
 
 import importlib
@@ -18,17 +18,17 @@ _WEIGHTS = (".weight", ".w13_weight", ".w2_weight", ".kernel_gating_upproj_EDF",
 def quantization(
     runner: Any, leaves: Mapping[str, Any], *, native: bool, recipe: str | None, scale_form: str | None
 ) -> Quantization | None:
-    """What the engine quantises; None for nothing.
+    """Returns the engine's settings of quantisation; None if it quantises nothing.
 
     Args:
         runner: The engine's runner.
-        leaves: What it holds, by name.
-        native: Whether the model is a native JAX one.
+        leaves: Its leaves, by name.
+        native: True for a native JAX model.
         recipe: The recipe of its fp8 checkpoint, which it does not tell.
-        scale_form: What its compiler makes of scales; None for what XLA on CPU does, on an engine that runs there.
+        scale_form: The rounding of scales by its compiler; None, on CPU, for XLA's there.
 
     Raises:
-        QuantizationError: It was not run like this, computes wrong, or does not tell what has to be known.
+        QuantizationError: No engine was run in this way, it computes wrong results, or it does not tell enough.
     """
     quantised = [name for name, leaf in leaves.items() if str(leaf.dtype) in _ONE_BYTE]
     method = runner.vllm_config.model_config.quantization
@@ -95,7 +95,7 @@ def _field(config: Any, name: str) -> Any:
 
 
 def _environment(*, native: bool) -> dict[str, str]:
-    """The settings as the engine's own process has them; a native JAX model does not read those of linears."""
+    """Returns the settings in the environment of the engine's process; a native JAX model ignores those of linears."""
     try:
         told = importlib.import_module("tpu_inference.envs")
     except ImportError:

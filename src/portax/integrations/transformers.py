@@ -1,4 +1,4 @@
-"""Models of transformers, on the CPU, with a converted checkpoint's weights.
+"""Models of transformers, on the CPU, with converted weights.
 
 Importing this module imports torch and transformers. Tried with transformers 5.19.
 """
@@ -94,7 +94,7 @@ def _model_class(job: Job) -> tuple[Any, Any]:
 
 
 def _tensor(leaf: jax.Array) -> "torch.Tensor":
-    """A copy, bit for bit: torch cannot read numpy's bfloat16."""
+    """Copies an array bit for bit: torch cannot read numpy's bfloat16."""
     host = np.array(leaf)
     if host.dtype == jnp.bfloat16:
         return torch.from_numpy(host.view(np.int16)).view(torch.bfloat16)
@@ -102,12 +102,12 @@ def _tensor(leaf: jax.Array) -> "torch.Tensor":
 
 
 def _dtype(plan: Plan) -> "torch.dtype":
-    """The dtype that holds all tensors without loss."""
+    """Returns a dtype that holds all tensors without loss."""
     return getattr(torch, jnp.result_type(*{entry.dtype for entry in plan.entries}).name)
 
 
 def _check(report: Mapping[str, Any], job: Job) -> tuple[str, ...]:
-    """Refuses a model that is not whole. Returns what no checkpoint of the language model fills."""
+    """Refuses an incomplete model. Returns the leaves that no checkpoint of the language model fills."""
     own = tuple(sorted(name for name in report["missing_keys"] if job.converter.layout.is_engine_owned(name)))
     odd = {
         "without a tensor": sorted({*report["missing_keys"]} - {*own}),
@@ -131,7 +131,7 @@ def _ties(model: Any) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps to itself what a `Validation` says: which tensors were missing."""
+    """Silences the list of missing tensors, which a `Validation` reports."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Tunix's vLLM sampler and rollout, whose `update_params` is a `WeightSync`. Tried with google-tunix 0.1.7.
+"""Tunix's vLLM sampler and rollout, with `WeightSync` as their `update_params`. Tried with google-tunix 0.1.7.
 
     ClusterConfig(rollout_engine=functools.partial(VllmRollout, config=maxtext_config), ...)
 
@@ -30,12 +30,12 @@ class VllmSampler(vllm_sampler.VllmSampler):
     """Tunix's sampler over a live engine, written in place.
 
     Attributes:
-        weight_sync: The sync into the engine; `weight_sync.torn` says whether its weights belong together.
-        report: What the last `update_params` did; None before the first one.
+        weight_sync: The sync into the engine; its `torn` is None while all weights belong together.
+        report: The report of the last `update_params`; None before the first.
     """
 
     def __init__(self, tokenizer: Any, config: Any, trainer_config: Any, **options: Any):
-        """Starts the engine, and checks that the trainer's weights are what it holds.
+        """Starts the engine, and checks that its leaves are those that the trainer's weights give.
 
         Args:
             tokenizer: As for Tunix's sampler.
@@ -57,11 +57,11 @@ class VllmSampler(vllm_sampler.VllmSampler):
         self.weight_sync = tpu_inference.weight_sync(self._engine, trainer_config, **options)
 
     def update_params(self, updated_weights: Any, filter_types: Any = None) -> None:
-        """Writes the trainer's weights into the engine; afterwards `report` says what was done.
+        """Writes the trainer's weights into the engine, and sets `report`.
 
         Args:
             updated_weights: The state of the whole model: as for `converter.convert`.
-            filter_types: What the state was filtered by; `(nnx.Param,)` keeps all weights.
+            filter_types: The filter of the state; `(nnx.Param,)` keeps all weights.
 
         Raises:
             PlanError: As for `WeightSync`.
@@ -76,7 +76,7 @@ class VllmSampler(vllm_sampler.VllmSampler):
         return self._driver if self.llm is None else self.llm
 
     def _no_steps(self) -> contextlib.AbstractContextManager:
-        """Keeps the thread of Tunix's server mode from stepping the engine, and others from sending requests to it."""
+        """Keeps Tunix's server mode from stepping the engine, and other threads from sending requests to it."""
         return contextlib.nullcontext() if self._driver is None else self._driver._engine_lock
 
 
@@ -136,7 +136,7 @@ class MaxTextVllmRollout(VllmRollout):
 
 
 def _with_fused_experts(rollout_config: Any, maxtext_config: Any) -> Any:
-    """As MaxText's own rollout starts its model, which serves a wrong one otherwise."""
+    """Sets fused experts, as MaxText's own rollout does; without them its model computes wrong results."""
     given = getattr(rollout_config, "rollout_vllm_additional_config", None)
     given = given or getattr(maxtext_config, "vllm_additional_config", None) or {}
     if "maxtext_config" not in given:

@@ -29,7 +29,7 @@ class Vllm(Engine):
     conversion, the writing and the comparison.
 
     Attributes:
-        name: What it is, and of which version.
+        name: Name and version.
     """
 
     def __init__(self, llm: Any = None, *, tp: int = 1):

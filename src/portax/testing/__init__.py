@@ -1,4 +1,4 @@
-"""Goldens, known values, the doctor and the demo: what proves portax, shipped with it."""
+"""The shipped proof of portax: goldens, known values, the doctor and the demo."""
 
 import importlib
 from typing import Any

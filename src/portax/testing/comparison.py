@@ -1,4 +1,4 @@
-"""Leaves that were held against goldens, shown to people and to machines."""
+"""Comparisons with goldens, as tables and values for JSON."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,27 +11,27 @@ from portax.testing.golden import Comparison
 
 
 def exact(rows: Sequence[Comparison]) -> bool:
-    """Whether no leaf differs."""
+    """Tells whether no leaf differs."""
     return not any(row.difference for row in rows)
 
 
 def tally(rows: Sequence[Comparison]) -> str:
-    """All of them in a line: `35 leaves, all exact`, `35 leaves, 1 differs`."""
+    """Summarises all leaves in a line: `35 leaves, all exact`, `35 leaves, 1 differs`."""
     wrong = sum(bool(row.difference) for row in rows)
     return f"{plural(len(rows), 'leaf', 'leaves')}, {_differ(wrong) if wrong else 'all exact'}"
 
 
 def rows_dict(rows: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
-    """All of them for machines, by the name of the leaf."""
+    """Returns all of them as values for JSON, by the name of the leaf."""
     return {row.name: {"bytes": row.nbytes, "exact": not row.difference, "difference": row.difference} for row in rows}
 
 
 def comparison_table(runs: Mapping[str, Sequence[Comparison]], *, title: str) -> Table:
-    """A row per family of leaves, a column per run with its bytes and whether it is exact.
+    """Returns a table: a row per folded leaf, a column per run with its bytes and its result.
 
     Args:
         runs: Comparisons of one model, by the name of the run.
-        title: What to write above.
+        title: Text above the table.
     """
     table = new_table("leaf family", ("count", "right"), *((run, "right") for run in runs), title=title)
     families: dict[str, dict[str, list[Comparison]]] = {}

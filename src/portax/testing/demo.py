@@ -1,4 +1,4 @@
-"""The main job on shipped data: real MaxText trees, converted and held against the real engine's digests."""
+"""The demo: converts shipped MaxText trees and compares every leaf with the real engine's digests."""
 
 import dataclasses
 import pathlib
@@ -19,7 +19,7 @@ from portax.testing.golden import Comparison, Golden, Tree, compare
 DEVICES = 8
 TENSOR_PARALLEL = (1, 2, 4, 8)
 ENGINES = {"tpu-inference": "tpu-inference-0.32.0", "maxtext-vllm": "maxtext-vllm-0.32.0"}
-"""What the goldens of an engine are called, by its name: tpu-inference's models on torchax, or MaxText's own."""
+"""Names of the goldens of an engine, by its name: tpu-inference's models on torchax, or MaxText's own."""
 _USUAL = ("qwen3-0.6b", "qwen3-8b", "qwen3-30b-a3b", "gemma4-26b")
 
 
@@ -31,8 +31,8 @@ class Run:
         model: MaxText's name of the model.
         tp: Tensor-parallel size of the engine.
         engine: The engine, by name and version.
-        rows: Every leaf against the engine's digest.
-        seconds: Time to plan, compile and convert.
+        rows: The comparison of every leaf with the engine's digest.
+        seconds: Seconds to plan, compile and convert.
     """
 
     model: str
@@ -43,12 +43,12 @@ class Run:
 
     @property
     def exact(self) -> bool:
-        """Whether no leaf differs."""
+        """True if no leaf differs."""
         return not any(row.difference for row in self.rows)
 
 
 def goldens(engine: str) -> dict[str, pathlib.Path]:
-    """Folders with `source.json` and goldens of an engine, by MaxText's name of the model; scanned, if it can be."""
+    """Returns the folders with an engine's goldens, by MaxText's name of the model; of scanned trees, if possible."""
     folders = package_folder("goldens", "tests/golden").iterdir()
     sizes = [f"{ENGINES[engine]}.tp{tp}.json" for tp in TENSOR_PARALLEL]
     trees = sorted((folder for folder in folders if all((folder / size).exists() for size in sizes)), reverse=True)
@@ -56,12 +56,12 @@ def goldens(engine: str) -> dict[str, pathlib.Path]:
 
 
 def all_models(engine: str) -> list[str]:
-    """MaxText's names of all shipped trees that this engine was run with."""
+    """Returns MaxText's names of all shipped trees that this engine was run with."""
     return sorted(goldens(engine))
 
 
 def examination(model: str, tp: int, engine: str) -> Iterator[Check]:
-    """Lets the doctor look at a made-up engine; whether it holds what the real one does, by its digests, comes last.
+    """Runs the doctor on a made-up engine; the last check compares its state with the real engine's digests.
 
     Args:
         model: MaxText's name of a shipped tree.
@@ -99,7 +99,7 @@ def _shipped(model: str, tp: int, engine: str) -> tuple[Tree, Golden]:
 
 
 def _mesh(layout: Layout) -> Mesh:
-    """All devices, on the axes that the layout cuts weights over and one that repeats them."""
+    """Returns a mesh of all devices, with the axes that the layout cuts weights over and one that repeats them."""
     sizes = layout.mesh_axes
     return Mesh(np.array(jax.devices()[:DEVICES]).reshape(-1, *sizes.values()), ("data", *sizes))
 
@@ -129,7 +129,7 @@ def runs(models: list[str], engine: str) -> Iterator[Run]:
 
 
 def _fsdp(leaf: np.ndarray, mesh: Mesh) -> jax.Array:
-    """A leaf cut over all devices on its longest axis that they divide."""
+    """Cuts a leaf over all devices on its longest axis that they divide."""
     cuttable = [axis for axis, size in enumerate(leaf.shape) if size % mesh.size == 0]
     spec: list[str | None] = [None] * leaf.ndim
     if cuttable:

@@ -1,4 +1,4 @@
-"""Proves a sync on a live state: scrambles it, syncs, and looks at every leaf."""
+"""The doctor: proves a sync on a live state. It scrambles the state, syncs, and checks every leaf."""
 
 import dataclasses
 import functools
@@ -22,12 +22,12 @@ from portax.sync.weight_sync import WeightSync
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One thing that must hold of a sync.
+    """A condition that a sync must fulfil.
 
     Attributes:
-        what: What must hold.
-        passed: Whether it does.
-        found: What was found, in words.
+        what: The condition, in words.
+        passed: True if it holds.
+        found: The finding, in words.
     """
 
     what: str
@@ -41,7 +41,7 @@ def examine(converter: BaseConverter, engine_state: Any, params: Any, **options:
     The state holds the trainer's weights afterwards. Do not run it while the engine serves.
 
     Args:
-        converter: Says what the engine should hold.
+        converter: The converter for the engine.
         engine_state: The live mapping.
         params: The trainer's parameters.
         **options: Of `WeightSync`.
@@ -78,11 +78,11 @@ def examine(converter: BaseConverter, engine_state: Any, params: Any, **options:
 
 
 def table(checks: Sequence[Check], *, title: str) -> Table:
-    """What must hold, whether it does, and what was found.
+    """Returns a table of the conditions and the findings.
 
     Args:
         checks: The checks.
-        title: What to write above.
+        title: Text above the table.
     """
     shown = new_table("what must hold", "", "found", title=title)
     for check in checks:

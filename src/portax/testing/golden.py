@@ -1,4 +1,4 @@
-"""Golden files: digests of what a real engine holds, and trees whose values are known."""
+"""Golden files: digests of the leaves of a real engine, and trees with known values."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ from portax.testing.spread import edges, spread
 
 PROBE = "probe"
 VALUES = {PROBE: probe, "spread": spread, "edges": edges}
-"""What the parameters of a golden's tree are filled with, by the name in its file."""
+"""Functions that fill the parameters of a golden's tree, by the name in its file."""
 
 SOURCE_DTYPES = ("float32", "bfloat16")
 _HUB_VALUES = re.compile(r"hf\.(\w+)\.json$")
@@ -58,10 +58,10 @@ class Tree:
         return cls(content["config"], shapes)
 
     def fill(self, values: str = PROBE, dtype: Any = None) -> dict[str, np.ndarray]:
-        """Known values for every parameter, in host memory.
+        """Returns known values for every parameter, in host memory.
 
         Args:
-            values: Which: one of `VALUES`, as the golden says.
+            values: One of `VALUES`, as the golden says.
             dtype: Dtype of all of them; None for their own. Probe values are exact in bfloat16.
 
         Raises:
@@ -78,14 +78,14 @@ class Tree:
 
 @dataclasses.dataclass(frozen=True)
 class GoldenLeaf:
-    """One leaf as the engine held it.
+    """One leaf of the engine.
 
     Attributes:
         shape: Its shape.
         dtype: Name of its dtype.
-        spec: Its partitioning; None where the file does not tell.
+        spec: Its partitioning; None if the file does not say.
         digest: First 16 hex digits of the sha256 of its bytes, in C order.
-        digest_bf16: The same of its values in bfloat16; None where the file does not tell.
+        digest_bf16: The same of its values in bfloat16; None if the file does not say.
     """
 
     shape: tuple[int, ...]
@@ -97,13 +97,13 @@ class GoldenLeaf:
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """What a real engine, or MaxText's own exporter, made of a tree.
+    """The result of a real engine, or of MaxText's own exporter, for a known tree.
 
     Attributes:
         layout: The layout that must reproduce it.
         leaves: The trainer-owned leaves.
         engine_owned: Names of the leaves that the engine fills itself.
-        values: Which values the tree had, as `Tree.fill` knows them.
+        values: Name of the tree's values, for `Tree.fill`.
     """
 
     layout: Layout
@@ -133,10 +133,10 @@ class Golden:
             raise GoldenError(f"{path}: {error}") from error
 
     def of_source(self, dtype: str) -> "Golden":
-        """What is to be made of the same tree in another dtype; the hub's tensors keep the trainer's.
+        """Returns the golden for the same tree in another dtype; the hub's tensors keep the trainer's.
 
         Raises:
-            GoldenError: The file does not tell.
+            GoldenError: The file does not say.
         """
         if dtype == "float32":
             return self
@@ -154,7 +154,7 @@ class Golden:
 
 
 def is_golden(path: pathlib.Path) -> bool:
-    """Whether a `.json` is to be taken for a golden: it holds leaves or tensors, or cannot be read at all."""
+    """Tells whether a `.json` should be treated as a golden: it has leaves or tensors, or cannot be read at all."""
     try:
         content = _load(path)
     except GoldenError:
@@ -164,12 +164,12 @@ def is_golden(path: pathlib.Path) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One leaf of a result held against its golden.
+    """A comparison of one leaf with its golden.
 
     Attributes:
         name: The leaf.
         nbytes: Its size.
-        difference: What differs; empty if it is exact.
+        difference: The differences, in words; empty if it is exact.
     """
 
     name: str
@@ -178,7 +178,7 @@ class Comparison:
 
 
 def compare(weights: Mapping[str, Any], golden: Golden) -> list[Comparison]:
-    """Holds every leaf against the golden, both ways: keys, shapes, dtypes, specs, bytes."""
+    """Compares every leaf with the golden, both ways: keys, shapes, dtypes, specs, bytes."""
     rows = [_compare_leaf(name, weights.get(name), leaf) for name, leaf in golden.leaves.items()]
     rows += [
         Comparison(name, leaf.nbytes, "the engine has no such leaf")
@@ -189,7 +189,7 @@ def compare(weights: Mapping[str, Any], golden: Golden) -> list[Comparison]:
 
 
 def digest(leaf: Any) -> str:
-    """First 16 hex digits of the sha256 of an array's bytes, in C order, unsharded."""
+    """Returns the first 16 hex digits of the sha256 of an array's bytes, in C order, unsharded."""
     return hashlib.sha256(np.ascontiguousarray(np.asarray(leaf)).tobytes()).hexdigest()[:16]
 
 

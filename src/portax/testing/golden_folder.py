@@ -1,4 +1,4 @@
-"""`verify_folder`: every golden below a folder, each held against what portax makes of the tree beside it."""
+"""`verify_folder`: compares every golden below a folder with portax's result for the tree beside it."""
 
 import dataclasses
 import functools
@@ -25,13 +25,13 @@ SOURCE = "source.json"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One golden, to be held against a source of one dtype.
+    """One golden, to compare for a source of one dtype.
 
     Attributes:
         path: The golden's file.
         source_dtype: Dtype that the tree's parameters are given; None for their own.
         golden: Its content; None if it is refused.
-        refused: Why it is not one that portax can be held against; empty if it is.
+        refused: The reason why it cannot be compared; empty if it can.
     """
 
     path: pathlib.Path
@@ -41,19 +41,19 @@ class Case:
 
     @property
     def devices(self) -> int:
-        """How many devices its engine's mesh has."""
+        """Number of devices of its engine's mesh."""
         return math.prod(self.golden.layout.mesh_axes.values()) if self.golden else 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Verified:
-    """One golden, held against what portax makes.
+    """A comparison of one golden with portax's result.
 
     Attributes:
         case: The golden.
         rows: Every leaf; empty if the golden was refused.
-        refused: Why nothing was compared: the family, the layout or the file is not supported; else empty.
-        seconds: How long it took.
+        refused: The reason why nothing was compared: an unsupported family, layout or file; else empty.
+        seconds: Duration.
     """
 
     case: Case
@@ -63,18 +63,18 @@ class Verified:
 
     @property
     def exact(self) -> bool:
-        """Whether leaves were compared, and none differs."""
+        """True if leaves were compared, and none differs."""
         return not self.refused and exact(self.rows)
 
     @property
     def verdict(self) -> str:
-        """What was found, in a line."""
+        """The result in a line."""
         return f"refused: {self.refused}" if self.refused else tally(self.rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderReport(Report):
-    """Every golden below a folder, held against what portax makes.
+    """A comparison of every golden below a folder with portax's results.
 
     Attributes:
         folder: The folder.
@@ -92,7 +92,7 @@ class FolderReport(Report):
         return 0 if all(result.exact for result in self.results) else 2
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it; of the leaves, those that differ."""
+        """Returns all of it; only those leaves that differ."""
         rows = [
             {
                 "golden": self._name(result),
@@ -137,7 +137,7 @@ def cases(folder: pathlib.Path, source_dtypes: Sequence[str] = ()) -> list[Case]
         source_dtypes: Dtypes that the parameters of each tree are given, one after the other; none for their own.
 
     Raises:
-        GoldenError: There is no such folder, or there is no golden below it.
+        GoldenError: There is no such folder, or no golden below it.
     """
     if not folder.is_dir():
         raise GoldenError(f"{folder}: there is no such folder")
@@ -162,7 +162,7 @@ def verify(cases: Sequence[Case]) -> Iterator[Verified]:
         cases: The goldens; those of one folder one after the other, so that its tree is filled once.
 
     Yields:
-        What was found, one golden at a time.
+        The result of one golden at a time.
     """
     filled = functools.lru_cache(maxsize=2)(_filled)
     for case in cases:

@@ -15,17 +15,17 @@ def _splitmix64(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
 
 
 def hashed(path: str, count: int) -> UInt64[np.ndarray, " n"]:
-    """64 bits for each of the first `count` elements of a leaf: `splitmix64(i + crc32(path) * 2**32)`.
+    """Returns 64 bits for each of the first `count` elements of a leaf: `splitmix64(i + crc32(path) * 2**32)`.
 
     Args:
         path: Full path of the leaf.
-        count: How many.
+        count: Number of elements.
     """
     return _splitmix64(np.arange(count, dtype=np.uint64) + (np.uint64(zlib.crc32(path.encode())) << np.uint64(32)))
 
 
 def probe(path: str, shape: Sequence[int]) -> Float32[np.ndarray, "..."]:
-    """The values of one leaf.
+    """Returns the values of one leaf.
 
     Element `i` in C order hashes `i + crc32(path) * 2**32` (splitmix64) into a sign, an exponent from -4 to 3 and seven
     bits of fraction: 8 significant bits, exact in bfloat16.

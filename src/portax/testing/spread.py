@@ -1,4 +1,4 @@
-"""Values with a realistic spread, of which quantised goldens are made: about normal, each channel of its own size."""
+"""Values with a realistic spread for quantised goldens: about normal, each channel of its own size."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ _OUTLIER = np.float32(4096)
 
 
 def spread(path: str, shape: Sequence[int]) -> Float32[np.ndarray, "..."]:
-    """The values of one leaf: exact in float32, with up to 18 significant bits.
+    """Returns the values of one leaf: exact in float32, with up to 18 significant bits.
 
     Every value is a sum of four 16-bit numbers, hashed from its path and place. Channels of kernels (the last axis)
     are scaled by up to 2**8; some are zeros, some have an element that is 4096 times too large.

@@ -1,4 +1,4 @@
-"""A converted model is made to talk: `validate`."""
+"""`validate`: a converted model, loaded into an engine, generates tokens."""
 
 from portax.validation.session import Engine, Generated, Loaded, Validation, validate
 

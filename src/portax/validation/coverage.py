@@ -1,4 +1,4 @@
-"""What of a trainer's tree and of an engine a plan covers, and what it leaves alone."""
+"""The leaves of a trainer's tree and of an engine that a plan covers, and those that it leaves alone."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """Leaves of which the same is to be said.
+    """A group of leaves with one status.
 
     Attributes:
-        what: What is to be said of them.
+        what: The status, in words.
         names: Their full names.
-        nbytes: Bytes of all of them; None where nobody knows.
+        nbytes: Total size in bytes; None if unknown.
     """
 
     what: str
@@ -28,12 +28,12 @@ class Coverage:
 
 
 def coverage(plan: Plan, *, ties: Mapping[str, str], others: Iterable[str] = ()) -> tuple[Coverage, ...]:
-    """Every leaf on both sides.
+    """Returns every leaf on both sides, grouped by status.
 
     Args:
-        plan: What is written from what.
-        ties: LayerParams of the engine that repeat others, whoever does that.
-        others: What stands beside the parameters in a checkpoint.
+        plan: The plan of the conversion.
+        ties: Leaves of the engine that repeat others, by the conversion or the engine.
+        others: Values of a checkpoint that are not parameters.
     """
     nbytes = {entry.name: entry.nbytes for entry in plan.entries}
     sources = dict.fromkeys(source for entry in plan.entries for source in entry.sources)
@@ -52,7 +52,7 @@ def coverage(plan: Plan, *, ties: Mapping[str, str], others: Iterable[str] = ())
 
 
 def coverage_table(rows: Sequence[Coverage]) -> "Table":
-    """The same for people."""
+    """Returns the groups as a table."""
     table = new_table("coverage", ("count", "right"), ("bytes", "right"), "leaves")
     for row in rows:
         nbytes = "" if row.nbytes is None else size(row.nbytes)

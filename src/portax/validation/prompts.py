@@ -1,4 +1,4 @@
-"""The tokens that a generation starts with."""
+"""Prompts: the tokens at the start of a generation."""
 
 import dataclasses
 import os
@@ -13,11 +13,11 @@ from portax.errors import ConfigError, MissingPackageError, ValidationError
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What an engine is given.
+    """The prompt for an engine.
 
     Attributes:
         tokens: Token ids.
-        bos: The `<bos>` that was put in front because the family wants one and the prompt had none; None otherwise.
+        bos: The `<bos>` that was added in front because the family needs one and the prompt had none; None otherwise.
     """
 
     tokens: tuple[int, ...]
@@ -25,7 +25,7 @@ class Prompt:
 
 
 def make_prompt(tokens: Sequence[int], converter: BaseConverter, hub_config: Mapping[str, Any]) -> Prompt:
-    """Checks token ids, and puts `<bos>` in front where this family's prompts begin with it.
+    """Checks token ids, and adds `<bos>` in front if this family's prompts begin with it.
 
     Args:
         tokens: Token ids.
@@ -33,8 +33,8 @@ def make_prompt(tokens: Sequence[int], converter: BaseConverter, hub_config: Map
         hub_config: The hub's `config.json`, which names the `<bos>`.
 
     Raises:
-        ValidationError: There is none, or one is outside the vocabulary.
-        ConfigError: The family wants a `<bos>`, and the hub's config names none.
+        ValidationError: There are no tokens, or one is outside the vocabulary.
+        ConfigError: The family needs a `<bos>`, and the hub's config names none.
     """
     if not tokens:
         raise ValidationError("the prompt is empty: give at least one token")
@@ -50,13 +50,13 @@ def make_prompt(tokens: Sequence[int], converter: BaseConverter, hub_config: Map
 
 
 def read_tokenizer(path: str | os.PathLike) -> Any:
-    """The tokenizer in a local folder.
+    """Reads the tokenizer in a local folder.
 
     Args:
-        path: The folder, with `tokenizer.json` or whatever else transformers reads there.
+        path: The folder, with `tokenizer.json` or other files that transformers reads.
 
     Raises:
-        ValidationError: There is none.
+        ValidationError: There is no tokenizer.
         MissingPackageError: transformers is not installed.
     """
     if not pathlib.Path(path).exists():

@@ -1,4 +1,4 @@
-"""`validate`: a trainer's checkpoint, converted, loaded into an engine, and made to talk."""
+"""`validate`: converts a trainer's checkpoint, loads it into an engine, and generates."""
 
 import abc
 import dataclasses
@@ -27,11 +27,11 @@ MAX_NEW_TOKENS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What an engine generated.
+    """The tokens that an engine generated.
 
     Attributes:
         tokens: Token ids.
-        margins: For each, how far the second best logit was below its own.
+        margins: For each token, the distance from its logit to the second best.
     """
 
     tokens: tuple[int, ...]
@@ -40,10 +40,10 @@ class Generated:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What an engine was loaded with.
+    """The weights that an engine was loaded with.
 
     Attributes:
-        plan: What was written from what, and what the engine fills itself.
+        plan: The plan of the written leaves, with those that the engine fills itself.
         ties: The engine's leaves that repeat others.
     """
 
@@ -53,17 +53,17 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A validation, checked as far as it can be without an engine.
+    """A validation, checked as far as possible without an engine.
 
     Attributes:
-        converter: Converts to the hub's tensors.
+        converter: The converter to the hub's tensors.
         params: The trainer's tree.
         hub_config: The hub's `config.json` of the model.
         plan: The conversion.
-        prompt: What the generation starts with.
-        tokenizer: Makes text of tokens; None without one.
+        prompt: The prompt.
+        tokenizer: The tokenizer, for text; None without one.
         max_new_tokens: Most tokens to generate.
-        seconds: How long each phase has taken so far.
+        seconds: Seconds of each phase so far.
     """
 
     converter: BaseConverter
@@ -76,44 +76,44 @@ class Job:
     seconds: dict[str, float]
 
     def coverage(self, loaded: Loaded | None = None) -> tuple[Coverage, ...]:
-        """What was loaded covers, or the plan if nothing was."""
+        """Returns the coverage of the loaded weights, or of the plan if nothing was loaded."""
         loaded = loaded or Loaded(self.plan, self.plan.ties)
         others = self.params.others if isinstance(self.params, Checkpoint) else ()
         return coverage(loaded.plan, ties=loaded.ties, others=others)
 
 
 class Engine(abc.ABC):
-    """Something that generates; `portax.integrations` has `transformers.Transformers` and `vllm.Vllm`.
+    """An engine that generates; `portax.integrations` has `transformers.Transformers` and `vllm.Vllm`.
 
     Attributes:
-        name: What it is, and of which version.
+        name: Name and version.
     """
 
     name: str
 
     @abc.abstractmethod
     def load(self, job: Job) -> Loaded:
-        """Loads the model's weights, all of them; the phases go into `job.seconds`."""
+        """Loads all of the model's weights; adds the seconds of its phases to `job.seconds`."""
 
     @abc.abstractmethod
     def generate(self, tokens: Sequence[int], count: int) -> Generated:
-        """Generates greedily, to an end-of-sequence token or to that many tokens."""
+        """Generates greedily, up to an end-of-sequence token or that many tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Validation(Report):
-    """A converted model that generated. Its `str` is a table.
+    """A report of a validation: the generated tokens, and how they came about. Its `str` is a table.
 
     Attributes:
         engine: Name and version of the engine.
-        prompt: Token ids that it was given.
-        bos: The `<bos>` that was put in front of the prompt because it lacked one.
+        prompt: Token ids of the prompt.
+        bos: The `<bos>` that was added in front of the prompt because it lacked one.
         tokens: Token ids that it generated, greedily.
-        margins: For each of them, how far below it the second best logit was; what another program computes in
-            another order may differ where a margin is small.
+        margins: For each token, the distance from its logit to the second best. Another program, which computes in
+            another order, may choose differently if a margin is small.
         text: The generated tokens as text; None without a tokenizer.
         seconds: Time of each phase. `plan` includes the opening of the checkpoint.
-        coverage: What of the trainer's tree was read, what of the engine was written, and what was not.
+        coverage: The leaves of the trainer that were read, those of the engine that were written, and all others.
     """
 
     engine: str
@@ -140,7 +140,7 @@ class Validation(Report):
         return Group(coverage_table(self.coverage), phases, text_lines(lines))
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON has it."""
+        """Returns all of it, as values for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -158,9 +158,9 @@ def validate(
     """Converts a trainer's checkpoint, loads it into an engine, and generates greedily.
 
     Args:
-        checkpoint: A path that `open_checkpoint` takes, or what `converter.convert` takes.
-        hub_config: The content of the hub's `config.json` of this model, held against the checkpoint.
-        prompt: Text, or token ids. `<bos>` is put in front if the family wants it and the prompt has none.
+        checkpoint: A path for `open_checkpoint`, or parameters for `converter.convert`.
+        hub_config: The content of this model's hub `config.json`; it is checked against the checkpoint.
+        prompt: Text, or token ids. `<bos>` is added in front if the family needs it and the prompt has none.
         engine: `portax.integrations.transformers.Transformers()` or `portax.integrations.vllm.Vllm()`.
         config: The trainer's configuration: anything that `portax.read_config` reads; None for the hub's.
         tokenizer: A local folder with a tokenizer; text needs one.
@@ -168,7 +168,7 @@ def validate(
         scratch: As for `open_checkpoint`.
 
     Returns:
-        What was generated, how long it took, and what was read and written.
+        A report with the tokens, the seconds of each phase, and the leaves that were read and written.
 
     Raises:
         CheckpointError, ConfigError, PlanError, ValidationError: The checkpoint, the configurations, the conversion or
@@ -225,7 +225,7 @@ def carry_out(job: Job, engine: Engine) -> Validation:
 
     Raises:
         ValidationError: The engine did not take all weights.
-        MissingPackageError, PlanError, SyncError: As the engine has them.
+        MissingPackageError, PlanError, SyncError: As the engine's `load` and `generate`.
     """
     loaded = engine.load(job)
     with timed(job.seconds, "generate"):
@@ -243,7 +243,7 @@ def carry_out(job: Job, engine: Engine) -> Validation:
 
 
 def prompt_line(prompt: Prompt) -> str:
-    """The prompt for people, and what was put in front of it."""
+    """Describes the prompt, with the `<bos>` that was added, for people."""
     note = "" if prompt.bos is None else f" (<bos>, {prompt.bos}, was put in front: this model's prompts begin with it)"
     return f"prompt     {_listed(prompt.tokens)}{note}"
 
