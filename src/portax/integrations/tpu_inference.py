@@ -51,8 +51,8 @@ def engine_state(engine: Any) -> Mapping[str, Any]:
 
     For MaxText's own model it is the variables by name, without the engine's own.
 
-    The engine's next step sees leaves that are written into a dict. Leaves written into an `nnx.State` need the runner's
-    `refresh_state_leaves()` first.
+    The engine's next step sees leaves that are written into a dict. Leaves written into an `nnx.State` need a call of
+    the runner's `refresh_state_leaves()` first.
 
     Args:
         engine: As for `model_runner`.
@@ -208,7 +208,8 @@ def weight_sync(
 def updating(llm: Any) -> Iterator[None]:
     """Prepares the engine for a sync, by dropping stale prefixes, and restores its KV cache afterwards.
 
-    The cache is restored also after an error. The engine's workers do it, so the core may be in this process or in another one.
+    The cache is restored also after an error. The engine's workers do it, so the core may be in this process or in
+    another one.
 
     Args:
         llm: The `vllm.LLM`, or what else has its `llm_engine`; no request may be in flight.
