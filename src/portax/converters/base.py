@@ -23,7 +23,7 @@ from portax.layouts import Canonical, FlaxNnx, HuggingFace, Layout, MaxTextVllm,
 from portax.planning.jax_context import in_own_context
 from portax.planning.plan import Plan
 from portax.planning.planner import make_plan
-from portax.planning.trace import Hooks
+from portax.planning.trace import Hooks, refusing_values
 from portax.trainer import param_tree, scan
 from portax.trainer.flatten import flatten, unbox
 from portax.trainer.layer_params import Axes, LayerParams
@@ -392,7 +392,8 @@ class BaseConverter(abc.ABC):
 
     def _expected(self, leaves: LayerParams, is_global: bool = False) -> dict[str, Axes]:
         hook = self._hooks.global_weights if is_global else self._hooks.layer_blocks
-        jax.eval_shape(lambda: jax.tree.leaves(tuple(hook(leaves))))
+        with refusing_values(self._hooks):
+            jax.eval_shape(lambda: jax.tree.leaves(tuple(hook(leaves))))
         return leaves.expected
 
     def _check_config(self) -> None:

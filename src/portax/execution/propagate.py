@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 from jax.extend.core import Jaxpr, Literal
 from jax.sharding import PartitionSpec
 
+from portax.planning.flow import inner_program
 from portax.planning.plan import axes_of
-from portax.planning.trace import inner_program
 from portax.trainer.layer_params import SCALED_NAME
 
 Cuts: TypeAlias = tuple[tuple[str, ...], ...]

@@ -1,51 +1,24 @@
 """Traces hooks and layouts on shapes: the blocks of a layer, the engine's tensors, and the leaves that feed each."""
 
+import contextlib
 import dataclasses
-import functools
 import itertools
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr
 
 from portax.config.model_config import ModelConfig
-from portax.errors import LayoutError, Problem
+from portax.errors import LayoutError, PlanError, Problem
 from portax.layouts import Layout, Tensor
-from portax.trainer.layer_params import SCALED_NAME, Axes, LayerParams, own_shape
+from portax.planning import flow
+from portax.trainer.layer_params import Axes, LayerParams, own_shape
 from portax.trainer.scan import LayerGroup
 from portax.weights.blocks import Block
 
-_MOVES = frozenset(
-    (
-        "bitcast_convert_type",
-        "broadcast_in_dim",
-        "concatenate",
-        "copy",
-        "dynamic_slice",
-        "dynamic_update_slice",
-        "expand_dims",
-        "gather",
-        "pad",
-        "reshape",
-        "rev",
-        "scatter",
-        "select_n",
-        "slice",
-        "split",
-        "squeeze",
-        "transpose",
-    )
-)
-"""Primitives that move elements and leave their bits alone."""
-
-_ZERO = 1
-"""Marks constants that are zeros; leaf `i` of a group has the mark `2 << i`."""
-
-_KEEP_ZERO = frozenset(("broadcast_in_dim", "convert_element_type", "copy", "reshape"))
+_MOVES_ALONE = "moves alone: reshape, transpose, slice, concatenate, pad with zeros, gather"
 
 
 @runtime_checkable
@@ -103,6 +76,17 @@ class Trace:
     expected: Mapping[str, Axes]
 
 
+@contextlib.contextmanager
+def refusing_values(hooks: Hooks) -> Iterator[None]:
+    """Raises a `PlanError` for hooks that ask for the values of what they read, which no trace has."""
+    try:
+        yield
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+        cause = f"numpy, float(), bool(), int() or an if with what it has read ({type(error).__name__}): use jax.numpy"
+        problem = Problem(f"the hooks of {type(hooks).__name__}", "one that asks for values", _MOVES_ALONE, cause)
+        raise PlanError([problem]) from error
+
+
 def trace_hooks(hooks: Hooks, group: LayerGroup, dtypes: Sequence[Any] | None = None) -> HookTrace:
     """Runs a group's hooks on shapes; touches no weight.
 
@@ -138,7 +122,8 @@ def trace_hooks(hooks: Hooks, group: LayerGroup, dtypes: Sequence[Any] | None = 
         blocks[:] = [(jax.tree.structure(block), _name(block)) for block in found]
         return jax.tree.leaves(found)
 
-    jaxpr = jax.make_jaxpr(run)(own, jax.ShapeDtypeStruct((), jnp.bool_))
+    with refusing_values(hooks):
+        jaxpr = jax.make_jaxpr(run)(own, jax.ShapeDtypeStruct((), jnp.bool_))
     return HookTrace(jaxpr, tuple(blocks), tuple(seen[-1].problems), seen[-1].expected)
 
 
@@ -147,7 +132,7 @@ def trace(hooks: Hooks, group: LayerGroup) -> Trace:
     traced = trace_hooks(hooks, group)
     problems = [*traced.problems] or _arithmetic(hooks, group, traced)
     layout = hooks.layout.for_layer(group.types)
-    parts = zip(traced.jaxpr.out_avals, _reached(traced.jaxpr.jaxpr, _marks(group)), strict=True)
+    parts = zip(traced.jaxpr.out_avals, flow.reached(traced.jaxpr, _marks(group)), strict=True)
     tensors: list[Tensor] = []
     reached: list[int] = []
     refused: list[int] = []
@@ -161,18 +146,18 @@ def trace(hooks: Hooks, group: LayerGroup) -> Trace:
             problems.append(_refusal(layout, name, error))
             continue
         tensors += made
-        reached += _reached(jaxpr.jaxpr, fed_by)
+        reached += flow.reached(jaxpr, fed_by)
     sources = [_paths(group, mark) for mark in reached]
     used = frozenset().union(*sources, *(_paths(group, mark) for mark in refused))
     return Trace(tuple(tensors), tuple(sources), used, tuple(problems), traced.expected)
 
 
 def _marks(group: LayerGroup) -> tuple[int, ...]:
-    return *(2 << i for i in range(len(group.paths))), 0  # `zero` comes last
+    return *map(flow.leaf_mark, range(len(group.paths))), 0  # `zero` comes last
 
 
 def _paths(group: LayerGroup, mark: int) -> tuple[str, ...]:
-    return tuple(path for i, path in enumerate(group.paths) if mark & 2 << i)
+    return tuple(path for i, path in enumerate(group.paths) if mark & flow.leaf_mark(i))
 
 
 def _lowered(layout: Layout, tree: Any, avals: Sequence[Any]) -> tuple[ClosedJaxpr, tuple[Tensor, ...]]:
@@ -197,66 +182,37 @@ def _bits_dtype(dtype: Any) -> Any:
     return jnp.uint16 if dtype == jnp.bfloat16 else dtype
 
 
+_BITS = "bfloat16 comes as its bits, so "
+
+
 def _arithmetic(hooks: Hooks, group: LayerGroup, traced: HookTrace) -> list[Problem]:
-    """Returns problems for hooks that compute with the values they read, which is wrong for raw bits."""
-    if any(leaf.dtype != jnp.bfloat16 for leaf in group.shapes):  # another dtype may hide a cast to it
-        traced = trace_hooks(hooks, group, [jnp.bfloat16] * len(group.paths))
+    """Returns problems for hooks that compute with what they read, which is right for float32 and wrong for bits.
+
+    What a hook does may hang on the dtype (rounding, a test for NaN), so it is traced with each.
+    """
     found: dict[tuple[str, str], Problem] = {}
-    for name, mark in _computed(traced.jaxpr.jaxpr, _marks(group)):
-        for path in _paths(group, mark):
-            found[path, name] = Problem(
-                path,
-                f"a hook that computes with it ({name})",
-                "moves alone: reshape, transpose, slice, concatenate, pad with zeros, gather",
-                "bfloat16 comes as its bits, so arithmetic gives other numbers: pass read(..., scale_shift="
-                "ScaleShift(...)), and leave casts to the layout",
-            )
+    cause = _BITS + "arithmetic gives other numbers: use read(..., scale_shift=ScaleShift(...)); casts are the layout's"
+    for program in _in_every_dtype(hooks, group, traced):
+        for name, mark in flow.computed(program.jaxpr, _marks(group)):
+            for path in _paths(group, mark):
+                found[path, name] = Problem(path, f"a hook that computes with it ({name})", _MOVES_ALONE, cause)
+        for name in _constants(program, group):
+            like = "constants in the dtype of a leaf"
+            found[name, like] = Problem(name, like, "float32 constants, or zeros", _BITS + "ones are no ones in it")
     return [*found.values()]
 
 
-def _computed(jaxpr: Jaxpr, marks: Iterable[int]) -> list[tuple[str, int]]:
-    """Returns the primitives that compute with marked inputs, and the marks of those inputs."""
-    computed: list[tuple[str, int]] = []
-
-    def visit(equation: Any, given: list[int]) -> None:
-        name = equation.primitive.name
-        if name == "pad" and given[1] != _ZERO:
-            name = "pad with something else than zeros"
-        if any(mark & ~_ZERO for mark in given) and name not in _MOVES:
-            computed.append((name, functools.reduce(operator.or_, given, 0)))
-
-    _reached(jaxpr, marks, visit)
-    return computed
+def _in_every_dtype(hooks: Hooks, group: LayerGroup, traced: HookTrace) -> Iterator[HookTrace]:
+    """Yields the hooks' program as it is, and for a trainer in either of the two usual dtypes."""
+    yield traced
+    for dtype in (jnp.bfloat16, jnp.float32):
+        if any(leaf.dtype != dtype for leaf in group.shapes):
+            yield trace_hooks(hooks, group, [dtype] * len(group.paths))
 
 
-def inner_program(equation: Any) -> tuple[Jaxpr, int] | None:
-    """Returns the program that an equation runs, and the number of inputs in front of its own; None for others."""
-    if equation.primitive.name in ("jit", "pjit") and equation.params.get("name") != SCALED_NAME:
-        return equation.params["jaxpr"].jaxpr, 0
-    if equation.primitive.name == "cond":  # one for each platform; they do the same
-        return equation.params["branches"][-1].jaxpr, 1
-    return None
-
-
-def _reached(jaxpr: Jaxpr, marks: Iterable[int], visit: Any = None) -> list[int]:
-    """Returns the marks of the inputs that each output's value depends on."""
-    of: dict[Any, int] = dict(zip(jaxpr.invars, marks, strict=True))
-
-    def mark(atom: Any) -> int:
-        if isinstance(atom, Literal):
-            return _ZERO if not np.any(atom.val) else 0
-        return of.get(atom, 0)
-
-    for equation in jaxpr.eqns:
-        given = [mark(atom) for atom in equation.invars]
-        if inner := inner_program(equation):
-            program, first = inner
-            made = _reached(program, given[first:], visit)
-        else:
-            if visit is not None and equation.params.get("name") != SCALED_NAME:
-                visit(equation, given)
-            joined = functools.reduce(operator.or_, given, 0)
-            is_zero = joined == _ZERO and equation.primitive.name in _KEEP_ZERO
-            made = [joined if is_zero else joined & ~_ZERO] * len(equation.outvars)
-        of.update(zip(equation.outvars, made, strict=True))
-    return [mark(atom) for atom in jaxpr.outvars]
+def _constants(traced: HookTrace, group: LayerGroup) -> Iterator[str]:
+    """Yields the names of blocks that hold constants other than zeros in the dtype of bits."""
+    parts = zip(traced.jaxpr.out_avals, flow.reached(traced.jaxpr, _marks(group)), strict=True)
+    for tree, name in traced.blocks:
+        if any(aval.dtype == jnp.uint16 and mark == 0 for aval, mark in itertools.islice(parts, tree.num_leaves)):
+            yield name
