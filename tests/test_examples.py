@@ -1,4 +1,4 @@
-"""The examples in docstrings run, and everything that is public has one."""
+"""The examples in docstrings run, everything public has one, and no docstring opens with a riddle."""
 
 import ast
 import doctest
@@ -6,6 +6,7 @@ import importlib
 import inspect
 import io
 import pathlib
+import re
 import types
 
 import jax
@@ -24,19 +25,23 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 def docstrings(path: pathlib.Path) -> dict[str, str]:
-    """Docstrings with examples, by name and line of what they are of."""
+    """Docstrings by name and line of what they are of."""
     nodes = ast.walk(ast.parse(path.read_text()))
     documented = [node for node in nodes if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
     found = {
         f"{getattr(node, 'name', '')}:{getattr(node, 'lineno', 1)}": ast.get_docstring(node) for node in documented
     }
-    return {name: text for name, text in found.items() if text and ">>>" in text}
+    return {name: text for name, text in found.items() if text}
+
+
+def examples(path: pathlib.Path) -> dict[str, str]:
+    return {name: text for name, text in docstrings(path).items() if ">>>" in text}
 
 
 MODULES = [
     path.relative_to(SRC)
     for path in sorted(SRC.rglob("*.py"))
-    if path.relative_to(SRC).parts[0] not in NEEDS_MORE and docstrings(path)
+    if path.relative_to(SRC).parts[0] not in NEEDS_MORE and examples(path)
 ]
 
 
@@ -85,8 +90,16 @@ def test_the_examples_of_a_module_run(path, names, tmp_path, monkeypatch):
     pathlib.Path("checkpoint").mkdir()
     save_file(names["params"], "checkpoint/model.safetensors")
     module = importlib.import_module(".".join(("portax", *path.with_suffix("").parts)).removesuffix(".__init__"))
-    for name, text in docstrings(SRC / path).items():
+    for name, text in examples(SRC / path).items():
         example = doctest.DocTestParser().get_doctest(text, {**vars(module), **names}, name, str(path), 0)
         out = io.StringIO()
         doctest.DocTestRunner(verbose=False, optionflags=FLAGS).run(example, out=out.write)
         assert out.getvalue() == ""
+
+
+def test_docstrings_say_first_what_a_thing_is_or_does():
+    opening = re.compile(r"(What|How|Where|Whether|Which|When|Why)\b")
+    found = {path.relative_to(SRC): docstrings(path) for path in SRC.rglob("*.py")}
+    assert not [
+        f"{path}:{name}" for path, texts in found.items() for name, text in texts.items() if opening.match(text)
+    ]

@@ -14,6 +14,7 @@ from portax.analysis.diff_report import Diff, LeafDiff, groups
 from portax.errors import PlanError, Problem
 from portax.planning.plan import Entry, Plan, axes_of
 from portax.trainer import param_tree
+from portax.trainer.param_tree import Params
 
 Picture: TypeAlias = dict[str, Any]
 """The data of a page; the page's script documents the keys."""
@@ -22,7 +23,7 @@ _Card: TypeAlias = dict[str, Any]
 _MOST_NUMBERS = 50_000  # leaves for which a diff's page tells how much each one differs
 
 
-def of_plan(plan: Plan | None, params: Any, *, what: str, problems: Sequence[Problem] = ()) -> Picture:
+def of_plan(plan: Plan | None, params: Params, *, what: str, problems: Sequence[Problem] = ()) -> Picture:
     """Returns the picture of a plan, or of the problems that prevented it.
 
     Args:
@@ -79,7 +80,7 @@ def of_diff(diff: Diff) -> Picture:
     return {"kind": "diff", "what": "", "sides": ["A", "B"], "facts": facts, "problems": [], "sections": sections}
 
 
-def _leaves(params: Any) -> Mapping[str, Any]:
+def _leaves(params: Params) -> Mapping[str, Any]:
     try:
         return param_tree.read(params).rooted
     except PlanError:  # it is among the problems

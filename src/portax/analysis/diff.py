@@ -15,6 +15,7 @@ from portax.errors import CheckpointError
 from portax.layouts import Layout
 from portax.trainer import param_tree
 from portax.trainer.flatten import split
+from portax.trainer.param_tree import Params
 
 PIECE_BYTES = 2**24
 _BUCKET_BYTES = 2**28
@@ -43,8 +44,8 @@ class _Side:
 
 
 def diff(
-    a: Any,
-    b: Any,
+    a: Params,
+    b: Params,
     *,
     converter: BaseConverter | None = None,
     values: bool = True,
@@ -115,7 +116,7 @@ def _side(
     )
 
 
-def _converted(tree: Any, what: str, converter: BaseConverter) -> _Side:
+def _converted(tree: Params, what: str, converter: BaseConverter) -> _Side:
     plan = converter.plan(tree)
     paths = {entry.name: "/".join(split(entry.name)) for entry in plan.entries}
 

@@ -26,6 +26,7 @@ from portax.converters.base import BaseConverter
 from portax.execution.byte_counts import byte_count
 from portax.execution.schedule import schedule
 from portax.planning.plan import Entry, Plan
+from portax.trainer.param_tree import Params
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -69,7 +70,7 @@ class Export(Report):
 
 def export(
     converter: BaseConverter,
-    params: Any,
+    params: Params,
     folder: str | os.PathLike,
     *,
     hub_config: Mapping[str, Any] | None = None,
@@ -133,7 +134,9 @@ def export(
     return Export(str(folder), len(plan.entries), len(shards), resumed, plan.bytes_out, seconds, plan.left)
 
 
-def _manifest(converter: BaseConverter, params: Any, plan: Plan, shards: tuple[Shard, ...]) -> Mapping[str, Any] | None:
+def _manifest(
+    converter: BaseConverter, params: Params, plan: Plan, shards: tuple[Shard, ...]
+) -> Mapping[str, Any] | None:
     if not isinstance(params, Checkpoint):
         return None
     return {
@@ -151,7 +154,7 @@ def _manifest(converter: BaseConverter, params: Any, plan: Plan, shards: tuple[S
 class _Work:
     """The tensors to make, in order: stack by stack, so that only one stack at a time is in the scratch."""
 
-    def __init__(self, converter: BaseConverter, params: Any, bucket_bytes: int):
+    def __init__(self, converter: BaseConverter, params: Params, bucket_bytes: int):
         self._converter = converter
         self._params = params
         self._bucket_bytes = bucket_bytes

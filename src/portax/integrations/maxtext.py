@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from portax.converters.base import BaseConverter, Weights
 from portax.errors import SyncError
 from portax.sync.staging import Staging
+from portax.trainer.param_tree import Params
 
 
 class WeightConverter:
@@ -34,7 +35,7 @@ class WeightConverter:
         self._staging = Staging(converter, mesh)
         self._checked: Any = None
 
-    def convert(self, src_pytree: Any, target_state: Any = None) -> Weights:
+    def convert(self, src_pytree: Params, target_state: Any = None) -> Weights:
         """Returns the rollout engine's leaves by full name, flat, as tpu-inference names them for its transport.
 
         Args:

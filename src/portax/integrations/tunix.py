@@ -14,6 +14,7 @@ import jax
 from portax.errors import MissingPackageError, SyncError
 from portax.integrations import tpu_inference
 from portax.sync.report import SyncReport
+from portax.trainer.param_tree import Params
 
 try:
     from flax import nnx
@@ -56,7 +57,7 @@ class VllmSampler(vllm_sampler.VllmSampler):
         self.report: SyncReport | None = None
         self.weight_sync = tpu_inference.weight_sync(self._engine, trainer_config, **options)
 
-    def update_params(self, updated_weights: Any, filter_types: Any = None) -> None:
+    def update_params(self, updated_weights: Params, filter_types: Any = None) -> None:
         """Writes the trainer's weights into the engine, and sets `report`.
 
         Args:

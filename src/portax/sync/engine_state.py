@@ -15,6 +15,9 @@ from portax.sync.claim import Claim
 from portax.sync.transfer import zeros
 from portax.trainer.flatten import unbox
 
+EngineLeaves: TypeAlias = object
+"""A live engine's leaves: a mapping of arrays by name, an `nnx.State`, or a function that returns either."""
+
 _Cells: TypeAlias = dict[str, tuple[Any, Any]]
 """By leaf, the mapping and the key under which it can be replaced."""
 
@@ -26,7 +29,7 @@ class EngineState:
     given as a function, the whole mapping.
     """
 
-    def __init__(self, state: Any):
+    def __init__(self, state: EngineLeaves):
         """Wraps a mapping of arrays or of boxes with arrays, such as an `nnx.State`, or a function that returns it."""
         self._find = state if callable(state) else lambda: state
         self.refresh()

@@ -4,12 +4,12 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from jaxtyping import Array, Shaped
 
-from portax.converters.base import BaseConverter
+from portax.converters.base import BaseConverter, Weights
 from portax.execution.byte_counts import byte_count
 from portax.sync.weight_sync import WeightSync
 from portax.trainer import param_tree
+from portax.trainer.param_tree import Params
 
 
 class Staging:
@@ -40,11 +40,11 @@ class Staging:
             LayoutError: The mesh does not fit the layout.
         """
         self._bucket_bytes = byte_count("bucket_bytes", bucket_bytes)
-        self.weights: dict[str, Shaped[Array, "..."]] = {}
+        self.weights: Weights = {}
         self._converter = converter.on(mesh)
         self._sync: WeightSync | None = None
 
-    def stage(self, params: Any) -> dict[str, Shaped[Array, "..."]]:
+    def stage(self, params: Params) -> Weights:
         """Fills the staged leaves with these parameters: the first call makes the buffers, later calls reuse them.
 
         Args:

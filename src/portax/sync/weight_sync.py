@@ -18,10 +18,11 @@ from portax.planning.jax_context import in_own_context
 from portax.planning.plan import Plan
 from portax.sync.attempts import Attempt, mark_lost, mark_written, torn
 from portax.sync.claim import Claim
-from portax.sync.engine_state import EngineState, pointer
+from portax.sync.engine_state import EngineLeaves, EngineState, pointer
 from portax.sync.fingerprint import fingerprints
 from portax.sync.report import PHASES, SyncReport, Torn, Verification, peak_bytes
 from portax.sync.transfer import CrossProcessTransfer, LocalTransfer, all_moved_bytes, route_between
+from portax.trainer.param_tree import Params
 
 _Prepared: TypeAlias = tuple[Plan, dict[str, Any], Any, list[tuple[ProgramCall, PreparedCall | None, bool]]]
 """A plan, the shardings and the transfer that its calls are prepared for, and the calls; True for those in place."""
@@ -49,9 +50,9 @@ class WeightSync:
     def __init__(
         self,
         converter: BaseConverter,
-        engine_state: Any,
+        engine_state: EngineLeaves,
         *,
-        params: Any = None,
+        params: Params | None = None,
         bucket_bytes: int = 2**30,
         verify: bool = False,
         atomic: bool = False,
@@ -94,7 +95,7 @@ class WeightSync:
             self._compile(self._planned(params))
 
     @in_own_context
-    def __call__(self, params: Any) -> SyncReport:
+    def __call__(self, params: Params) -> SyncReport:
         """Writes the trainer's weights into the engine.
 
         Args:
@@ -122,7 +123,7 @@ class WeightSync:
         return torn(self._engine.planned())
 
     @in_own_context
-    def verify(self, params: Any) -> Verification:
+    def verify(self, params: Params) -> Verification:
         """Compares the engine's leaves with the weights of these parameters, by fingerprints computed on the devices.
 
         Args:
@@ -137,7 +138,7 @@ class WeightSync:
             self._engine.enter(claim)
             return self._compared(self._checked(params), self._engine.leaves())
 
-    def _sync(self, params: Any) -> SyncReport:
+    def _sync(self, params: Params) -> SyncReport:
         seconds = dict.fromkeys(PHASES, 0.0)
         with timed(seconds, "plan"):
             conversion = self._checked(params)
@@ -165,14 +166,14 @@ class WeightSync:
             left=plan.left,
         )
 
-    def _planned(self, params: Any) -> Conversion:
+    def _planned(self, params: Params) -> Conversion:
         conversion = self._converter.conversion(params)
         source = tree_sharding(conversion.tree)
         sources = () if source is None else device_order(source)
         self._route = route_between(sources, self._engine.device_order(), self._route)
         return conversion
 
-    def _checked(self, params: Any) -> Conversion:
+    def _checked(self, params: Params) -> Conversion:
         conversion = self._planned(params)
         conversion.check()
         self._engine.check()

@@ -15,9 +15,10 @@ from rich.table import Table
 from portax._text.names import fold
 from portax._text.tables import new_table
 from portax.converters.base import BaseConverter
-from portax.sync.engine_state import EngineState
+from portax.sync.engine_state import EngineLeaves, EngineState
 from portax.sync.fingerprint import fingerprints, places
 from portax.sync.weight_sync import WeightSync
+from portax.trainer.param_tree import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Check:
     found: str
 
 
-def examine(converter: BaseConverter, engine_state: Any, params: Any, **options: Any) -> Iterator[Check]:
+def examine(converter: BaseConverter, engine_state: EngineLeaves, params: Params, **options: Any) -> Iterator[Check]:
     """Scrambles the leaves that a trainer owns, syncs, and checks every leaf of the engine; twice.
 
     The state holds the trainer's weights afterwards. Do not run it while the engine serves.

@@ -39,7 +39,7 @@ class ParamTree:
 
 
 Params: TypeAlias = object
-"""An `nnx.State`, a nested or flat mapping, a checkpoint, a whole train state: what `read` takes."""
+"""A trainer's parameters: an `nnx.State`, a nested or flat mapping, a checkpoint, or a whole train state."""
 
 
 def read(params: Params, leave: Sequence[str] = ()) -> ParamTree:
@@ -129,7 +129,7 @@ def _leaf_problems(path: str, leaf: Leaf) -> Iterator[Problem]:
 
 
 def _unreadable(dtype: np.dtype) -> str | None:
-    """Why JAX cannot take over an array of this dtype; None if it can."""
+    """Returns the reason why JAX cannot take over an array of this dtype; None if it can."""
     if not isinstance(dtype, np.dtype):
         return "a key of a random number generator, which is no weight"
     if not dtype.isnative:

@@ -18,6 +18,7 @@ from portax.converters.base import BaseConverter
 from portax.errors import ValidationError
 from portax.layouts import HuggingFace
 from portax.planning.plan import Plan
+from portax.trainer.param_tree import Params
 from portax.validation.coverage import Coverage, coverage, coverage_table
 from portax.validation.prompts import Prompt, make_prompt, read_tokenizer
 
@@ -67,7 +68,7 @@ class Job:
     """
 
     converter: BaseConverter
-    params: Any
+    params: Params
     hub_config: Mapping[str, Any]
     plan: Plan
     prompt: Prompt
@@ -145,7 +146,7 @@ class Validation(Report):
 
 
 def validate(
-    checkpoint: Any,
+    checkpoint: str | os.PathLike | Params,
     hub_config: Mapping[str, Any],
     prompt: str | Sequence[int] = DEFAULT_TOKENS,
     *,
@@ -193,7 +194,7 @@ def validate(
 
 
 def prepare(
-    checkpoint: Any,
+    checkpoint: str | os.PathLike | Params,
     hub_config: Mapping[str, Any],
     prompt: str | Sequence[int] = DEFAULT_TOKENS,
     *,
