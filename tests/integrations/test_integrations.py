@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import json
 import sys
 import threading
 import types
@@ -298,14 +299,15 @@ def test_what_a_rollout_tells_the_engine(tunix, monkeypatch, key):
 
 
 @pytest.mark.parametrize("given", [{"prefuse_moe_weights": False}, {}])
-@pytest.mark.parametrize("of", ["rollout", "trainer"])
+@pytest.mark.parametrize("of", ["rollout", "trainer", "trainer's text"])
 def test_a_rollout_with_maxtexts_own_model_is_started_with_fused_experts(tunix, given, of):
     @dataclasses.dataclass
     class Config(RolloutConfig):
         rollout_vllm_additional_config: dict | None = None
 
     additional = {"maxtext_config": {"model_name": "qwen3-30b-a3b", **given}}
-    trainer_config = types.SimpleNamespace(vllm_additional_config=additional if of == "trainer" else None)
+    told = {"trainer": additional, "trainer's text": json.dumps(additional)}.get(of)
+    trainer_config = types.SimpleNamespace(vllm_additional_config=told)
     config = Config(rollout_vllm_additional_config=additional if of == "rollout" else None)
     found = tunix._with_fused_experts(config, trainer_config).rollout_vllm_additional_config["maxtext_config"]
     assert found == {"model_name": "qwen3-30b-a3b", "prefuse_moe_weights": True} | given

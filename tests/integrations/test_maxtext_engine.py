@@ -187,8 +187,20 @@ def test_a_router_bias_that_a_filter_left_behind_is_missed():
     name, on = DEEPSEEK, seven_axes(attn_dp=2, model=2)
     params = {path: leaf for path, leaf in filled(name).items() if not path.endswith("gate/bias")}
     live = engine(on, state_of(name, "tp4.adp2", on), padded_base_moe_mlp_dim=1024)
-    with pytest.raises(portax.PlanError, match=r"gate\.bias: found a leaf of the engine that nothing writes"):
+    with pytest.raises(portax.PlanError, match=r"gate\.bias: .*that nothing writes.*in a MoEBiasVar, which is no"):
         tpu_inference.weight_sync(live, tree(name).config, params=params)
+
+
+def test_a_scanned_model_in_the_engine_is_named():
+    on = seven_axes(model=2)
+    leaves = {
+        path.removeprefix("base/"): jnp.zeros(leaf.shape, jnp.bfloat16) for path, leaf in tree(MOE).shapes.items()
+    }
+    state = nnx.State.from_flat_path({("model", *path.split("/")): nnx.Param(leaf) for path, leaf in leaves.items()})
+    with pytest.raises(
+        portax.PlanError, match=r"decoder\.layers\.moe_block\.wo: .* the engine's model is scanned, and"
+    ):
+        tpu_inference.weight_sync(engine(on, state), tree(MOE).config, params=filled(MOE))
 
 
 def test_how_a_custom_block_is_cut_is_read_off_the_engine():

@@ -7,6 +7,7 @@ Importing this module imports Tunix and vLLM.
 
 import contextlib
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -140,6 +141,7 @@ def _with_fused_experts(rollout_config: Any, maxtext_config: Any) -> Any:
     """Sets fused experts, as MaxText's own rollout does; without them its model computes wrong results."""
     given = getattr(rollout_config, "rollout_vllm_additional_config", None)
     given = given or getattr(maxtext_config, "vllm_additional_config", None) or {}
+    given = json.loads(given) if isinstance(given, str) else given  # as MaxText's own configuration may have it
     if "maxtext_config" not in given:
         return rollout_config
     overrides = {"prefuse_moe_weights": True, **given["maxtext_config"]}

@@ -138,6 +138,10 @@ class Layout(abc.ABC):
         """Tells whether the engine fills the leaf of this name itself, so that no trainer ever writes it."""
         return False
 
+    def cause_of_stranger(self, name: str) -> str | None:
+        """Tells why an engine may hold a leaf of this name that nothing writes; None if the name does not say."""
+        return None
+
     def lower(self, block: blocks.Block) -> tuple[Tensor, ...]:
         """Makes the arrays that the engine holds for one block, in its dtype.
 

@@ -32,6 +32,11 @@ _CUTS = {  # the mesh axes over which each logical axis is cut, in this order
     "mlp_moe": ("attn_dp", "model"),
     "exp": ("attn_dp_expert", "expert"),
 }
+_STACK = re.compile(r"model\.decoder\.(layers|dense_layers|moe_layers|scanned_blocks|layers_remainder)\.")
+_ROUTER_BIAS = (
+    "the trainer's tree has not got it: MaxText keeps this bias in a MoEBiasVar, which is no nnx.Param: hand over "
+    "nnx.state(model), or nnx.state(model, (nnx.Param, MoEBiasVar))"
+)
 _ENGINE_OWNED = re.compile(r"(^|\.)rngs\.|\.cache\.|\.MlaKVCache_\d+\.")
 
 
@@ -147,6 +152,15 @@ class MaxTextVllm(Layout):
     def is_engine_owned(self, name: str) -> bool:
         """The state of random number generators, and MaxText's own caches, which vLLM does not use."""
         return _ENGINE_OWNED.search(name) is not None
+
+    def cause_of_stranger(self, name: str) -> str | None:
+        """As a scanned model's stacks tell, or a router bias that a filter left behind."""
+        if _STACK.match(name):
+            return (
+                "the engine's model is scanned, and MaxText's adapter unrolls it: start the engine with "
+                "scan_layers=False in maxtext_config, or without scan_layers"
+            )
+        return _ROUTER_BIAS if name.endswith(".gate.bias") else None
 
     def trainer_param(self, block: blocks.TrainerParam) -> tuple[Tensor, ...]:
         """As the trainer has it; KV heads repeated."""

@@ -22,6 +22,8 @@ from portax.trainer.padding import padded_leaves
 from portax.trainer.param_tree import ParamTree
 from portax.trainer.scan import LayerGroup
 
+_OTHER_ENGINE = "the engine runs another model, module_prefix, version or implementation than the layout says"
+
 
 def make_plan(
     hooks: Hooks,
@@ -197,12 +199,11 @@ def _against_target(
     owned = tuple(name for name in target if name not in planned and layout.is_engine_owned(name))
     for name in target:
         if name not in planned and name not in owned:
-            cause = "the engine runs another model, module_prefix, version or implementation than the layout says"
+            cause = layout.cause_of_stranger(name) or _OTHER_ENGINE
             problems.append(Problem(name, "a leaf of the engine that nothing writes", "a source for it", cause))
     for name, entry in planned.items():
         if name not in target:
-            cause = "the engine runs another model, module_prefix, version or implementation than the layout says"
-            problems.append(Problem(name, "no such leaf in the engine", f"{_leaf_text(entry)}", cause))
+            problems.append(Problem(name, "no such leaf in the engine", f"{_leaf_text(entry)}", _OTHER_ENGINE))
         else:
             problems += _leaf_problems(entry, target[name])
     return owned, problems
