@@ -1,5 +1,6 @@
 """Families are told from a tree's leaves alone."""
 
+import dataclasses
 import json
 
 import jax
@@ -98,3 +99,42 @@ def test_a_family_of_another_package():
     match = told(found, {**families(), "tiny": Tiny})[0]
     assert (match.decoder_block, match.converter) == ("tiny", Tiny)
     assert match.sizes == {"num_decoder_layers": 5, "emb_dim": 8, "vocab_size": 32, "mlp_dim": 12}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WideConfig(ModelConfig):
+    mix_dim: int = 0
+
+
+class Wide(PlainDecoder):
+    """A family with a size of its own, which refuses sizes that do not go together."""
+
+    decoder_blocks = ("wide",)
+    config_class = WideConfig
+
+    def layer_blocks(self, layer):
+        return (blocks.Linear("mix", layer.read("mix/kernel", "emb_dim mix_dim"), "column"),)
+
+    def check_config(self):
+        if self.config.mix_dim <= 2 * self.config.emb_dim:
+            raise portax.ConfigError(f"mix_dim={self.config.mix_dim} is too narrow")
+
+
+def wide(mix_dim):
+    shapes = {
+        "decoder/layers/mix/kernel": (8, 5, mix_dim),
+        "token_embedder/embedding": (32, 8),
+        "decoder/decoder_norm/scale": (8,),
+    }
+    found = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
+    return told(found, {"wide": Wide})[0]
+
+
+def test_sizes_that_only_another_packages_family_has_are_told():
+    match = wide(20)
+    assert (match.odd, match.untold, match.config.mix_dim) == ((), (), 20)
+
+
+def test_what_a_family_refuses_counts_for_the_leaves_sizes_and_not_for_an_examples():
+    match = wide(12)
+    assert (match.odd, match.config) == (("mix_dim=12 is too narrow",), None)

@@ -1,6 +1,7 @@
 """Identifies the model family and the sizes of a tree from its leaves."""
 
 import dataclasses
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,11 +20,11 @@ from portax.weights.scale_shift import ScaleShift
 _SWITCHES = (
     "inhomogeneous_layer_cycle_interval",
     "num_kv_shared_layers",
+    "padded_base_moe_mlp_dim",
     "param_scan_axis",
     "rollout_tensor_parallelism",
     "shared_experts",
 )
-_SIZES = {field.name for field in dataclasses.fields(ModelConfig) if field.type is int} - {*_SWITCHES}
 _OWN_KEYS = "self_attention/key/kernel"
 
 
@@ -96,15 +97,21 @@ def _structures(families: Mapping[str, type[BaseConverter]], shipped: Iterable[M
     yield from structures.values()
     for block, family in families.items():
         if block not in {config.decoder_block for config in structures.values()}:
-            sizes: dict[str, Any] = dict.fromkeys((*_SIZES, *family.required), 2)
+            sizes: dict[str, Any] = dict.fromkeys((*_sizes(family.config_class), *family.required), 2)
             for experts in (1, 2):
                 yield family.config_class(**{**sizes, "decoder_block": block, "num_experts": experts})
 
 
 def _structure(config: ModelConfig) -> tuple[Any, ...]:
     """Returns what sets structures apart: switches, and the sizes that are set at all."""
-    values = {**vars(config), "logits_via_embedding": None} | {name: bool(getattr(config, name)) for name in _SIZES}
+    sizes = {name: bool(getattr(config, name)) for name in _sizes(type(config))}
+    values = {**vars(config), "logits_via_embedding": None} | sizes
     return (*values.values(), config.num_experts > 1, config.num_kv_shared_layers)
+
+
+def _sizes(of: type[ModelConfig]) -> set[str]:
+    """Returns the fields of a configuration that are sizes, those that only this family has among them."""
+    return {name for name, kind in typing.get_type_hints(of).items() if kind is int} - {*_SWITCHES}
 
 
 def _match(family: type[BaseConverter], example: ModelConfig, state: param_tree.ParamTree, axis: int) -> Match | None:
@@ -118,13 +125,13 @@ def _match(family: type[BaseConverter], example: ModelConfig, state: param_tree.
 
 def _compared(family: type[BaseConverter], config: ModelConfig, state: param_tree.ParamTree) -> Match:
     """Solves for the sizes, from the names that the family's hooks have for the axes of each leaf."""
-    layout = Canonical()
-    found = family(config, layout=layout).groups(state)
+    layout, trial = Canonical(), _not_refusing(family)
+    found = trial(config, layout=layout).groups(state)
     layers = [layer for group in found for layer in group.layers if not group.is_global]
     told: dict[str, Any] = {"num_decoder_layers": max(len(layers), 1)}
     if config.num_kv_shared_layers:
         told["num_kv_shared_layers"] = sum(_OWN_KEYS not in layer.leaves for layer in layers)
-    converter = family(dataclasses.replace(config, **told), layout=layout)
+    converter = trial(dataclasses.replace(config, **told), layout=layout)
     odd: list[str] = []
     equations: dict[str, set[int]] = {"num_decoder_layers": {told["num_decoder_layers"]}}
     for group in converter.groups(state):
@@ -144,6 +151,7 @@ def _compared(family: type[BaseConverter], config: ModelConfig, state: param_tre
     odd += [f"{name} = {sorted(dims)}" for name, dims in equations.items() if len(dims) > 1]
     if solved is not None and not untold:
         odd += [f"{name} = {sorted(dims)}" for name, dims in equations.items() if {solved.size(name)} != dims]
+        odd += _refused(family, solved)
     told = {name: size for name, size in sizes.items() if name not in _SWITCHES}
     usual = not odd and _usual(converter, state)
     whole = None if untold or odd else solved
@@ -159,8 +167,22 @@ def _compared(family: type[BaseConverter], config: ModelConfig, state: param_tre
     )
 
 
+def _not_refusing(family: type[BaseConverter]) -> type[BaseConverter]:
+    """Returns the family without its `check_config`, which may refuse sizes that are only an example's."""
+    return type(family.__name__, (family,), {"check_config": lambda self: None})
+
+
+def _refused(family: type[BaseConverter], config: ModelConfig) -> list[str]:
+    """Returns the reason why the family refuses a model of the sizes that the leaves tell; none if it takes it."""
+    try:
+        family(config, layout=Canonical())
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
 def _solved(config: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig | None:
-    fields: dict[str, Any] = {name: size for name, size in sizes.items() if name in _SIZES}
+    fields: dict[str, Any] = {name: size for name, size in sizes.items() if name in _sizes(type(config))}
     try:
         return dataclasses.replace(config, **fields)
     except ConfigError:  # what the leaves tell does not go with the example's for what they do not
