@@ -252,6 +252,25 @@ def test_a_config_of_another_model(converter, out):
     assert not out.exists()
 
 
+class OfAFork(portax.Qwen3Converter):
+    """A fork's own name for a decoder that is on the hub what Qwen3 is; no package registers it."""
+
+    decoder_blocks = ("qwen3_fork",)
+    hub_types = ("qwen3",)
+
+    @classmethod
+    def from_hub(cls, hub):
+        return super().from_hub(hub) | {"decoder_block": "qwen3_fork"}
+
+
+def test_the_hub_config_is_read_by_the_converters_own_family(out):
+    converter = OfAFork({**CONFIG, "decoder_block": "qwen3_fork"}, layout=portax.layouts.HuggingFace())
+    portax.export(converter, opened(), out, hub_config=HUB_CONFIG)
+    assert json.loads((out / "config.json").read_text())["model_type"] == "qwen3"
+    with pytest.raises(portax.ConfigError, match=r"of another model than OfAFork converts: its model_type is 'llama'"):
+        portax.export(converter, opened(), out.with_name("other"), hub_config={**HUB_CONFIG, "model_type": "llama"})
+
+
 @pytest.mark.parametrize("name", ["quantization_config", "compression_config"])
 def test_tensors_that_are_not_quantised_get_no_config_that_says_so(converter, out, name):
     message = rf"says {name} \(fp8\), and the tensors are not quantised: they are in float32, .* Take {name} out"

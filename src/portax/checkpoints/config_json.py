@@ -62,7 +62,7 @@ def in_folder(hub_config: Mapping[str, Any], plan: Plan) -> Iterator[pathlib.Pat
 def check(hub_config: Mapping[str, Any], converter: BaseConverter, plan: Plan) -> None:
     """Raises a `ConfigError` unless a hub's `config.json` asks for exactly the planned tensors."""
     _check_quantization(hub_config, plan)
-    read_off = read_config(hub_config)
+    read_off = converter.read_config(hub_config)
     if read_off.decoder_block not in converter.decoder_blocks:
         raise ConfigError(
             f"the hub config is of another model: of the family {read_off.decoder_block}, and the weights are of "
