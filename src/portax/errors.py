@@ -33,8 +33,8 @@ class LayoutError(PortaxError, ValueError):
     """A layout that cannot exist, or cannot hold a weight: an unknown version, a size that does not divide.
 
     Attributes:
-        expected: What could be held instead; None: sizes that the layout can cut.
-        cause: The usual cause, as a hint; None: the tensor-parallel size.
+        expected: A description of what could be held; None stands for sizes that the layout can cut.
+        cause: The usual cause, as a hint; None stands for the tensor-parallel size.
 
     Example:
         >>> portax.layouts.TpuInference(version="0.19", tp=4)
@@ -110,8 +110,8 @@ class Problem:
 
     Attributes:
         leaf: The trainer or engine leaf concerned, by its full name.
-        found: What is there.
-        expected: What should be there, and who says so.
+        found: The actual state of the leaf.
+        expected: The required state, and its source.
         cause: The usual cause, as a hint.
 
     Example:

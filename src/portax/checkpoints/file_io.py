@@ -72,7 +72,7 @@ def consume_behind(items: Iterable[_Item], consume: Callable[[_Item], None]) -> 
 
     Args:
         items: The items; one is made while the one before it is consumed.
-        consume: What to call, one call at a time and in order. If it raises an error, no further item is consumed.
+        consume: A function, called once at a time and in order. After an error, no further item is consumed.
     """
     last: concurrent.futures.Future[None] | None = None
     with concurrent.futures.ThreadPoolExecutor(1) as thread:

@@ -52,7 +52,7 @@ class TrainerNames:
 
     Attributes:
         config: The model's configuration.
-        layout: How the engine holds weights.
+        layout: The engine's layout.
         family: The hooks that know what the leaves are; leaves that they do not read are left over.
     """
 
@@ -76,7 +76,7 @@ def named_blocks(params: LayerParams, paths: Iterable[str]) -> Blocks:
 
     Args:
         params: The leaves.
-        paths: Which of them; those that the tree has not are passed over.
+        paths: Paths of leaves; those that the tree lacks are passed over.
     """
     experts: dict[str, dict[str, str]] = collections.defaultdict(dict)
     others = []
@@ -129,7 +129,7 @@ def axes_of(path: str, dimensions: int) -> _Axes | None:
 
     Args:
         path: Path relative to the layer, or below the root.
-        dimensions: How many axes it has.
+        dimensions: Its number of axes.
     """
     for pattern, axes in _RULES:
         if len(axes) == dimensions and re.fullmatch(pattern, path):

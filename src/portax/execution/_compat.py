@@ -3,4 +3,4 @@
 import jax
 
 NAMES_EVERY_SHARDING = jax.__version_info__ >= (0, 10)
-"""Whether JAX has a name for every way in which XLA may spread a result; 0.9 lacks some, such as half a mesh's axis."""
+"""True if JAX can name every sharding of a result that XLA may choose; 0.9 lacks some, such as half a mesh's axis."""

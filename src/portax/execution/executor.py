@@ -212,10 +212,10 @@ class Executor:
 
         Args:
             conversion: The tree, and its plan; only shapes and shardings count.
-            call: What is to be made.
+            call: The leaves to make.
             targets: The partitioning that each result is to have. If that is on other devices than the source's,
                 results are made on the source's, partitioned the same way where there are as many, or a multiple.
-            donating: Whether it will be given donors.
+            donating: True if the call will have donors.
             inputs: The tree's inputs; None to make them.
         """
         inputs = inputs or conversion.inputs(self._read_mesh(conversion.tree) if targets is None else _mesh(targets))
@@ -237,9 +237,9 @@ class Executor:
 
         Args:
             conversion: The tree, or its shapes.
-            call: What the program is to make.
+            call: The leaves that the program makes.
             targets: The partitioning that each result is to have.
-            donating: Whether it will be given donors.
+            donating: True if the call will have donors.
         """
         inputs = conversion.inputs(_mesh(targets))
         prepared = self.prepare(conversion, call, targets, donating=donating, inputs=inputs)

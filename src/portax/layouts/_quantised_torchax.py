@@ -1,4 +1,4 @@
-"""`QuantisedTorchax`: which leaves of the torchax runner are quantised, and where their scales are."""
+"""`QuantisedTorchax`: the leaves of the torchax runner that are quantised, and their scales."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -28,8 +28,8 @@ class QuantisedTorchax(TpuEngine):
     """The part of `TpuInference` that holds quantised weights, as `quantization` says.
 
     Attributes:
-        quantization: What the engine quantises; None for nothing.
-        quantised_linears: Of a layer whose linears are not all quantised alike, which are; converters fill it in.
+        quantization: The engine's settings of quantisation; None for none.
+        quantised_linears: The quantised linears of a layer, if not all are; converters fill it in.
     """
 
     quantization: Quantization | None = dataclasses.field(default=None, kw_only=True)
@@ -43,7 +43,7 @@ class QuantisedTorchax(TpuEngine):
 
     @property
     def definition(self) -> str | None:
-        """As if the engine had loaded this or that checkpoint."""
+        """Words for what an exact result is: as if the engine had loaded a certain checkpoint."""
         return None if self.quantization is None else self.quantization.definition
 
     def layer_types(self, layer: int, module_prefix: str) -> frozenset[str]:
@@ -93,10 +93,10 @@ class QuantisedTorchax(TpuEngine):
 
         Args:
             name: The module.
-            parts: What it is made of, heads and head_dim apart or not.
+            parts: The parts that are packed, with heads and head_dim on one axis or two.
             pack: Puts them together along their last axes.
             cut: The axes that cut the matrix.
-            copies: How often each part is held; None for once each.
+            copies: Number of copies of each part; None for one each.
         """
         if not self._quantises(name):
             return (self._matrix(name, pack(parts), cut),)

@@ -1,4 +1,4 @@
-"""The arrays that a quantising engine holds in place of bfloat16 ones, before any layout arranges them.
+"""Quantised arrays: those that a quantising engine holds instead of bfloat16 ones, before a layout arranges them.
 
 Every matrix is `[in, out]`, stacked for experts, with bfloat16 as raw bits; scales come as `[blocks, out]`. Quantised
 weights come as their bytes where they have eight bits, so that arranging them moves bytes.
@@ -26,13 +26,13 @@ Part: TypeAlias = tuple[Matrix, Float32[Array, "... _ _"]]
 
 
 def linear_parts(quantization: Quantization, name: str, parts: Sequence[Matrix], copies: Sequence[int]) -> list[Part]:
-    """The parts of one linear, quantised.
+    """Returns the quantised parts of one linear.
 
     Args:
         quantization: The engine's settings.
         name: The module, for errors.
         parts: Parts that the engine fuses; a checkpoint has each as a tensor of its own.
-        copies: How often the engine holds each.
+        copies: Number of copies of each.
 
     Raises:
         QuantizationError: A block or tile does not divide a size.
@@ -72,13 +72,13 @@ def linear_steps(quantization: Quantization) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """Routed experts, quantised.
+    """Quantised routed experts.
 
     Attributes:
         weights: The three projections; padded where blocks want it.
         scales: Those of gate, up and down: `[experts, blocks, out]` each.
         dtype: Of the weights.
-        lossy: Where precision is lost, after the cast to bfloat16.
+        lossy: The steps that lose precision, after the cast to bfloat16.
     """
 
     weights: blocks.FusedMoE
@@ -88,12 +88,12 @@ class Experts:
 
 
 def experts(quantization: Quantization, block: blocks.FusedMoE, *, shards: int) -> Experts:
-    """The routed experts of one layer, quantised.
+    """Returns the quantised routed experts of one layer.
 
     Args:
         quantization: The engine's settings.
         block: The experts, as raw bfloat16.
-        shards: Into how many parts the engine cuts the width of an expert.
+        shards: Number of parts into which the engine cuts the width of an expert.
 
     Raises:
         QuantizationError: A tile does not divide a size, or a block was not run with it.
@@ -211,7 +211,7 @@ def _rounded(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
 
 
 def as_bytes(weights: Matrix) -> Matrix:
-    """Floats of eight bits as their bytes, anything else as it is."""
+    """Returns floats of eight bits as bytes; anything else unchanged."""
     return lax.bitcast_convert_type(weights, jnp.uint8) if weights.dtype.name.startswith("float8") else weights
 
 

@@ -1,4 +1,4 @@
-"""`TpuEngine`: what tpu-inference's two ways of holding a model have in common."""
+"""`TpuEngine`: common to the layouts of tpu-inference's two implementations."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ class TpuEngine(Layout):
 
     @classmethod
     def installed(cls: type[_Engine], *, tp: int, **options: Any) -> _Engine:
-        """The layout of the tpu-inference that is installed here.
+        """Returns the layout of the tpu-inference that is installed here.
 
         Args:
             tp: Tensor-parallel size.
@@ -105,5 +105,5 @@ def must_be_positive(what: str, value: Any) -> None:
 
 
 def release_text(release: Release) -> str:
-    """`0.32`."""
+    """Writes a release: `0.32`."""
     return f"{release[0]}.{release[1]}"

@@ -256,7 +256,7 @@ class Layout(abc.ABC):
 
 
 def _stored(leaf: Shaped[Array, "..."], dtype: jnp.dtype) -> Shaped[Array, "..."]:
-    """A leaf in the engine's dtype, bfloat16 raw."""
+    """Returns a leaf in the engine's dtype, bfloat16 raw."""
     if leaf.dtype == jnp.uint16 and dtype == jnp.bfloat16:
         return leaf
     return bits.to_bits(bits.from_bits(leaf).astype(dtype))
@@ -269,17 +269,17 @@ def _ungrouped(block: blocks.GroupedLinear) -> blocks.MergedLinear:
 
 
 def in_decoder(tensor: Tensor, layer: int | str | None) -> str:
-    """The name of a tensor below the decoder: `layers.3.self_attn.o_proj.weight`, `norm.weight`."""
+    """Returns the name of a tensor below the decoder: `layers.3.self_attn.o_proj.weight`, `norm.weight`."""
     return tensor.name if layer is None else f"layers.{layer}.{tensor.name}"
 
 
 def as_matrix(block: blocks.Linear) -> Shaped[Array, "in out"]:
-    """The kernel of a linear block as a matrix: heads, or whatever axes one side has, flattened."""
+    """Returns the kernel of a linear as a matrix, with heads, or other axes of one side, flattened."""
     kernel = block.kernel
     rows = math.prod(kernel.shape[:-1]) if block.parallel == "row" else kernel.shape[0]
     return kernel.reshape(rows, -1)
 
 
 def flat_columns(kernel: Shaped[Array, "in ..."]) -> Shaped[Array, "in out"]:
-    """A column-parallel kernel as a matrix."""
+    """Returns a column-parallel kernel as a matrix."""
     return kernel.reshape(kernel.shape[0], -1)

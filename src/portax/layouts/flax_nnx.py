@@ -33,11 +33,11 @@ class FlaxNnx(TpuEngine):
     Attributes:
         version: tpu-inference's version, e.g. `0.32` or `0.32.0`.
         tp: Tensor-parallel size.
-        moe_backend: Which kernel runs the experts: `gmm_tp` (the engine's default) or `gmm_ep` (expert parallelism).
-        dtype: What the engine stores weights in.
-        allow_untested: Whether to use the newest known layout for a version newer than any that was checked.
-        model: How the engine's model class holds weights; converters fill in what their family says.
-        quantization: What the engine quantises; None for nothing.
+        moe_backend: The kernel for the experts: `gmm_tp` (the engine's default) or `gmm_ep` (expert parallelism).
+        dtype: The dtype that the engine stores weights in.
+        allow_untested: True uses the newest known layout for a version newer than any that was checked.
+        model: The form of the engine's model class; converters fill it in.
+        quantization: The engine's settings of quantisation; None for none.
 
     Raises:
         LayoutError: The version, tp or backend is unknown, or the engine was not run quantised in this way.
@@ -85,7 +85,7 @@ class FlaxNnx(TpuEngine):
 
     @property
     def definition(self) -> str | None:
-        """As if the engine had loaded this or that checkpoint."""
+        """Words for what an exact result is: as if the engine had loaded a certain checkpoint."""
         return None if self.quantization is None else self.quantization.definition
 
     def for_architecture(self, architecture: str | None, native: NativeModel | None = None) -> "FlaxNnx":
@@ -133,7 +133,7 @@ class FlaxNnx(TpuEngine):
         return f"model.{module_prefix}{in_decoder(tensor, layer)}" if tensor.in_decoder else tensor.name
 
     def is_engine_owned(self, name: str) -> bool:
-        """The state of random number generators, and whatever belongs to other modalities."""
+        """Tells leaves that no trainer writes: states of random number generators, and other modalities."""
         return _ENGINE_OWNED.search(name) is not None
 
     def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:

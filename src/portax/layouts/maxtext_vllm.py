@@ -54,14 +54,14 @@ class MaxTextVllm(Layout):
         attention_dp: Attention data-parallel size.
         expert_parallel: `expert_parallelism` of the engine's sharding strategy; there are `tp * expert_parallel`
             devices.
-        prefused: Whether gate and up are one leaf (`prefuse_moe_weights`).
-        dtype: What the engine stores weights in.
-        experts: In which order gate and up are fused. `per_shard`: each shard's slices side by side, as the engine's
-            own loader does it; refused where the engine then serves a wrong model. `whole`: all of gate, then all of
+        prefused: True if gate and up are one leaf (`prefuse_moe_weights`).
+        dtype: The dtype that the engine stores weights in.
+        experts: The order of gate and up in the fused leaf. `per_shard`: each shard's slices side by side, as the
+            engine's own loader does it; refused where the engine then serves a wrong model. `whole`: all of gate, then all of
             up, for experts that are split over another axis, where the loader is wrong. `as_loaded`: as the loader does
             it, also where the engine then serves a wrong model; for comparison alone.
         specs: Name patterns (regular expressions) and partitionings of leaves that no rule knows.
-        allow_untested: Whether to take a version that was not checked for the known one.
+        allow_untested: True treats a version that was not checked like the known one.
 
     Raises:
         LayoutError: The version is unknown, or a size is not possible.
@@ -197,7 +197,7 @@ class MaxTextVllm(Layout):
         return kernels.round_up(width, self._width_shards * _EXPERT_MULTIPLE)
 
     def _chunks(self, block: blocks.FusedMoE) -> int:
-        """Into how many slices the width is cut before each is padded.
+        """Returns the number of slices of the width, each of which is padded.
 
         Raises:
             LayoutError: It cannot be cut so, or the engine would serve a wrong model.

@@ -129,7 +129,7 @@ class TpuInference(QuantisedTorchax):
         return f"vllm_model.{module_prefix}{place}"
 
     def is_engine_owned(self, name: str) -> bool:
-        """Attention scales, the rotary cache, constants, and whatever belongs to other modalities."""
+        """Tells leaves that no trainer writes: attention scales, the rotary cache, constants, other modalities."""
         return _ENGINE_OWNED.search(name) is not None
 
     def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:

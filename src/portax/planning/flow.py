@@ -1,4 +1,4 @@
-"""Which of a program's inputs its outputs are made of, and which of its steps compute with them, not just move them."""
+"""Data flow in programs: the inputs that each output is made of, and the steps that compute with inputs."""
 
 import functools
 import operator
@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from portax.trainer.layer_params import SCALED_NAME
 
 Mark: TypeAlias = int
-"""Bits: what a value is made of."""
+"""Bits that tell the sources of a value."""
 
 ZERO: Mark = 1
 """Marks constants that are zeros; leaf `i` has the mark `leaf_mark(i)`."""
@@ -51,7 +51,7 @@ _MOVED = {
     "scatter": slice(0, 3, 2),
     "select_n": slice(1, None),
 }
-"""Which operands are moved, where others say whence and whereto."""
+"""The operands that are moved; the others are positions."""
 
 _KEEP_ZERO = _MOVES | {"convert_element_type"}
 
@@ -62,7 +62,7 @@ def leaf_mark(i: int) -> Mark:
 
 
 def is_of_leaves(mark: Mark) -> bool:
-    """Whether a value is made of any leaf."""
+    """Tells whether a value is made of any leaf."""
     return bool(mark & ~ZERO)
 
 

@@ -27,7 +27,7 @@ def flatten(node: object, path: Parts = ()) -> Iterator[tuple[Parts, Box]]:
 
     Args:
         node: The container, or a leaf.
-        path: Where it is.
+        path: Its path.
     """
     children = _children(node)
     if children is not None:

@@ -1,4 +1,4 @@
-"""Reads what a trainer hands over: a flat mapping of parameters, whatever tree they came in."""
+"""Reads a trainer's parameters, in any of the trees that they come in, as one flat mapping."""
 
 import dataclasses
 import fnmatch
@@ -20,7 +20,7 @@ class ParamTree:
 
     Attributes:
         leaves: Arrays (or their shapes) by path below the root, e.g. `decoder/decoder_norm/scale`.
-        root: What stood in front of every path, e.g. `base/`.
+        root: Prefix of every path, e.g. `base/`.
         ignored: Whole paths of variables that are no parameters, such as random state and an optimizer's.
         left: Whole paths of parameters that were to be left out.
         strangers: Arrays beside the parameters, by whole path, that nothing says what they are; no model has them.
@@ -73,7 +73,7 @@ def read(params: Params, leave: Sequence[str] = ()) -> ParamTree:
 
 
 def refuse_strangers(state: ParamTree) -> None:
-    """Raises a `PlanError` if there are arrays beside the parameters that nothing says what they are."""
+    """Raises a `PlanError` if there are unknown arrays beside the parameters."""
     if state.strangers:
         raise PlanError(_stranger(path, leaf) for path, leaf in state.strangers.items())
 

@@ -166,7 +166,7 @@ def layer_groups(
 
     Args:
         leaves: Shapes of the tree's leaves, by path below the root.
-        root: What stands in front of every path.
+        root: Prefix of every path.
         scan_axis: First scan axis of a stacked leaf, by its path relative to the layer.
         types: The types of each of the layers.
 

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Shaped
 
 DTYPES = {name: jnp.dtype(name) for name in ("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "int8", "int4")}
-"""What weights are quantised to, by the engine's name of it."""
+"""Dtypes that weights are quantised to, by the engine's names."""
 
 Quantised: TypeAlias = tuple[Shaped[Array, "..."], Float32[Array, "..."]]
 """Weights, and their scales."""
@@ -39,7 +39,7 @@ def quantize(
         dtype: One of `DTYPES`.
         axis: The axis that is summed over in the matrix product.
         block: Elements that share a scale; None for the whole axis.
-        wide: Whether the scale of bfloat16 keeps float32's precision.
+        wide: True keeps float32's precision in the scales of bfloat16.
 
     Returns:
         The weights, and the scales with `axis` shortened to the number of blocks.
@@ -67,7 +67,7 @@ def quantize(
 
 
 def in_blocks(x: Shaped[Array, "..."], *, axis: int, block: int | None) -> tuple[Shaped[Array, "..."], int]:
-    """One axis as two, blocks and what is in them, and how many blocks there are."""
+    """Splits one axis into blocks and their elements; returns also the number of blocks."""
     size = x.shape[axis]
     block = size if block is None else block
     if size % block:
@@ -76,7 +76,7 @@ def in_blocks(x: Shaped[Array, "..."], *, axis: int, block: int | None) -> tuple
 
 
 def limits(dtype: Any) -> tuple[np.float32, np.float32]:
-    """The least and the largest number of a dtype."""
+    """Returns the least and the largest number of a dtype."""
     info = ml_dtypes.iinfo(dtype) if is_integer(dtype) else ml_dtypes.finfo(dtype)
     return np.float32(float(info.min)), np.float32(float(info.max))
 
@@ -87,7 +87,7 @@ def is_integer(dtype: Any) -> bool:
 
 
 def as_float32(x: Float[Array, "..."]) -> Float32[Array, "..."]:
-    """The same values, denormals as zeros of their sign."""
+    """Returns the same values in float32, with denormals as zeros of their sign."""
     if x.dtype == jnp.bfloat16:
         raw = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
     else:
@@ -97,28 +97,28 @@ def as_float32(x: Float[Array, "..."]) -> Float32[Array, "..."]:
 
 
 def magnitude(x: Float32[Array, "..."], *, axis: int | tuple[int, ...]) -> Float32[Array, "..."]:
-    """The largest magnitude over some axes, which stay with size 1; NaN wins, whatever a compiler makes of maxima."""
+    """Returns the largest magnitude over some axes, which stay with size 1; NaN wins, also where a compiler drops it."""
     raw = lax.bitcast_convert_type(x, jnp.uint32) & _MAGNITUDE
     return lax.bitcast_convert_type(raw.max(axis, keepdims=True), jnp.float32)
 
 
 def flushed(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    """Magnitudes, the denormal ones as zeros."""
+    """Returns magnitudes, with denormals as zeros."""
     return jnp.where(x < _NORMAL, 0, x)
 
 
 def to_bfloat16(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    """The nearest bfloat16, as float32; no compiler drops this rounding."""
+    """Rounds to the nearest bfloat16, as float32; no compiler drops this rounding."""
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def clip(x: Float32[Array, "..."], lowest: np.float32, highest: np.float32) -> Float32[Array, "..."]:
-    """Values within limits; NaN stays."""
+    """Limits values; NaN stays."""
     return jnp.where(x > highest, highest, jnp.where(x < lowest, lowest, x))
 
 
 def cast(x: Float32[Array, "..."], dtype: Any) -> Shaped[Array, "..."]:
-    """To nearest even, or towards zero for integers; NaN is the zero of a dtype without it."""
+    """Rounds to nearest even, or towards zero for integers; NaN becomes zero in a dtype without NaN."""
     if is_integer(dtype):
         return jnp.where(jnp.isnan(x), 0, x).astype(jnp.int8).astype(dtype)
     has_nan = np.isnan(np.float32(np.nan).astype(dtype).astype(np.float32))

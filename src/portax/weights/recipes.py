@@ -83,9 +83,9 @@ class Recipe:
 
     Attributes:
         make: Makes weights and scales.
-        scale: What the checkpoint calls the scale of a `weight`.
-        tiled: Whether a scale is of a tile of 128 x 128; else of an output.
-        description: What it does, in words.
+        scale: The checkpoint's name for the scale of a `weight`.
+        tiled: True if a scale covers a tile of 128 x 128; False if it covers an output.
+        description: A description in words.
         dtype: Of the weights.
     """
 
