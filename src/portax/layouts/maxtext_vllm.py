@@ -57,9 +57,9 @@ class MaxTextVllm(Layout):
         prefused: True if gate and up are one leaf (`prefuse_moe_weights`).
         dtype: The dtype that the engine stores weights in.
         experts: The order of gate and up in the fused leaf. `per_shard`: each shard's slices side by side, as the
-            engine's own loader does it; refused where the engine then serves a wrong model. `whole`: all of gate, then all of
-            up, for experts that are split over another axis, where the loader is wrong. `as_loaded`: as the loader does
-            it, also where the engine then serves a wrong model; for comparison alone.
+            engine's own loader does it; refused if the engine then serves a wrong model. `whole`: all of gate, then all
+            of up, for experts that are split over another axis, for which the loader is wrong. `as_loaded`: as the
+            loader does it, also if the engine then serves a wrong model; only for comparison.
         specs: Name patterns (regular expressions) and partitionings of leaves that no rule knows.
         allow_untested: True treats a version that was not checked like the known one.
 

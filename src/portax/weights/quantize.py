@@ -97,7 +97,7 @@ def as_float32(x: Float[Array, "..."]) -> Float32[Array, "..."]:
 
 
 def magnitude(x: Float32[Array, "..."], *, axis: int | tuple[int, ...]) -> Float32[Array, "..."]:
-    """Returns the largest magnitude over some axes, which stay with size 1; NaN wins, also where a compiler drops it."""
+    """Returns the largest magnitude over some axes, which stay with size 1; NaN wins, whatever the compiler."""
     raw = lax.bitcast_convert_type(x, jnp.uint32) & _MAGNITUDE
     return lax.bitcast_convert_type(raw.max(axis, keepdims=True), jnp.float32)
 
