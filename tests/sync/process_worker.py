@@ -1,4 +1,4 @@
-"""One of several processes that sync together: `test_processes.py` starts them. Prints one line of JSON."""
+"""One of several processes that sync together: `test_processes.py` starts them. Writes what it found as JSON to FOLDER."""
 
 import functools
 import json
@@ -102,4 +102,4 @@ if __name__ == "__main__":
     rank, count, port, folder, *cases = sys.argv[1:]
     join(int(rank), int(count), port)
     found = [two_syncs(pathlib.Path(folder), *case.split(":"), verify=count == "2") for case in cases]
-    sys.stdout.write(json.dumps(found) + "\n")
+    (pathlib.Path(folder) / f"found-{rank}.json").write_text(json.dumps(found))
