@@ -18,6 +18,7 @@ from portax.converters import (  # noqa: F401 - a family is found by its name: p
     Gemma3Converter,
     Gemma4Converter,
     Gemma4SmallConverter,
+    GptOssConverter,
     LlamaConverter,
     MaxTextConverter,
     Qwen2Converter,

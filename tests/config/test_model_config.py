@@ -26,6 +26,7 @@ BILLIONS = {  # parameters, as the models' own names or cards give them
         "gemma3-27b": 27,
     },
     **{"gemma4-26b": 25.2, "gemma4-31b": 30.7, "gemma4-e2b": 5.1, "gemma4-e4b": 8},
+    **{"gpt-oss-20b": 20.9, "gpt-oss-120b": 116.8},
 }
 CONFIG = tree("qwen3-30b-a3b.scan").config
 
@@ -176,5 +177,5 @@ def test_a_file_that_is_not_there(tmp_path):
 
 
 def test_a_model_that_is_not_shipped():
-    with pytest.raises(portax.ConfigError, match=r"no configuration is shipped for 'gpt-2'; there are .*qwen3-0.6b"):
-        config_path("gpt-2")
+    with pytest.raises(portax.ConfigError, match=r"no configuration is shipped for 't5-large'; there are .*qwen3-0.6b"):
+        config_path("t5-large")

@@ -11,10 +11,12 @@ from portax.config.shipped import configs
 UNDERIVED = "gemma3"  # MaxText scales its queries by the model's name
 EXPORTED = sorted(path.parent.name for path in GOLDEN.glob("*.scan/hf.json"))
 TREES = [name for name in EXPORTED if not name.startswith(UNDERIVED)]
+YARN = {"beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 32}
 UNSAID = {  # what the goldens do not record of MaxText's config, or it does not say
     "gemma4-e2b.unscan": {"global_rope_proportion": 0.25, "inhomogeneous_layer_cycle_interval": 5},
     "gemma4-e4b.unscan": {"global_rope_proportion": 0.25, "inhomogeneous_layer_cycle_interval": 6},
     **{name: {"global_rope_proportion": 0.25} for name in TREES if name.startswith("gemma4")},
+    "gpt-oss-20b.scan": YARN | {"rope_factor": 32, "rope_truncate": False, "rope_attention_scaling": True},
 }
 TEXT_ONLY = {"Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM"}
 SPELLINGS = {"rope_theta", "rope_scaling", "rope_parameters", "layer_types"}  # not every age has had all of them

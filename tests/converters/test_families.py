@@ -107,7 +107,7 @@ def test_depths_that_are_no_multiple_of_the_cycle(name, depth):
     assert implied.keys() == {path.removeprefix("base/") for path in params}
 
 
-@pytest.mark.parametrize("name", ["gemma4-26b.scan", "gemma4-e2b.unscan", "qwen3.5-35b-a3b.scan"])
+@pytest.mark.parametrize("name", ["gemma4-26b.scan", "gemma4-e2b.unscan", "qwen3.5-35b-a3b.scan", "gpt-oss-20b.scan"])
 def test_nothing_reads_the_models_name(name):
     golden = Golden.load(GOLDEN / name / "tpu-inference-0.32.0.tp2.json")
     converter = portax.converter_for(dict(tree(name).config, model_name="my-model"), layout=TP2)
@@ -126,6 +126,8 @@ def test_nothing_reads_the_models_name(name):
         ("qwen3.5-35b-a3b.scan", 3),
         ("qwen3-next-80b-a3b.scan", 3),
         ("qwen2.5-7b.scan", 2),
+        ("gpt-oss-20b.scan", 2),
+        ("gpt-oss-20b.unscan", 2),
     ],
 )
 def test_a_program_for_each_kind_of_layer_and_none_the_second_time(name, programs, compilations):

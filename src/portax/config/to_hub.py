@@ -83,6 +83,19 @@ class TrainerConfig:
         """
         self.same(mlp_activations=[SILU], sliding_window_size=(0,))
         self.same(final_logits_soft_cap=(0,), attn_logits_soft_cap=(0,))
+        return self.decoder(model_type, architecture, names, **rope)
+
+    def decoder(
+        self, model_type: str, architecture: str, names: Mapping[str, str] = DENSE, /, **rope: Any
+    ) -> dict[str, Any]:
+        """Returns the fields that the hub configs of all decoders have; the family states what else must hold.
+
+        Args:
+            model_type: As for `plain`.
+            architecture: As for `plain`.
+            names: As for `sizes`.
+            **rope: Further `rope_parameters`.
+        """
         theta = self.need("rope_max_timescale")
         return {
             "architectures": [architecture],
@@ -93,6 +106,19 @@ class TrainerConfig:
             "rope_theta": theta,
             "rope_parameters": {"rope_theta": theta, "rope_type": "default", **rope},
             "tie_word_embeddings": self.config.logits_via_embedding,
+        }
+
+    def yarn(self) -> dict[str, Any]:
+        """Returns the `rope_parameters` of frequencies that YaRN scales, without their base."""
+        rope_type = self._get("rope_type")
+        if rope_type != "yarn":
+            self.problems.append(f"rope_type: {rope_type!r}; models of this family have yarn")
+        return {
+            "rope_type": "yarn",
+            "factor": self.need("rope_factor"),
+            "beta_fast": self.need("beta_fast"),
+            "beta_slow": self.need("beta_slow"),
+            "original_max_position_embeddings": self.need("original_max_position_embeddings"),
         }
 
     def finish(self, derived: dict[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class BaseConverter(abc.ABC):
         config_class: The class of its configuration, for a family that needs more fields than `ModelConfig` has.
         required: Config fields that must be set for this family.
         default_module_prefix: The module around the language model in the engine's usual model class.
+        engine_names: Names of vLLM's class that differ from the hub's: the start of each, `(hub's, vLLM's)`.
         scan_pattern: The way MaxText stacks the layers; None if it never does.
         starts_with_bos: True if every prompt must begin with `<bos>`; without it the model generates nonsense.
         config: The model's configuration.
@@ -72,6 +73,7 @@ class BaseConverter(abc.ABC):
     config_class: ClassVar[type[ModelConfig]] = ModelConfig
     required: ClassVar[tuple[str, ...]] = ()
     default_module_prefix: ClassVar[str] = ""
+    engine_names: ClassVar[tuple[tuple[str, str], ...]] = ()
     scan_pattern: ClassVar[scan.ScanPattern | None] = scan.ScanPattern()
     starts_with_bos: ClassVar[bool] = False
     by_structure: ClassVar[bool] = False
@@ -106,7 +108,7 @@ class BaseConverter(abc.ABC):
         self.mesh = mesh
         self.module_prefix = self.default_module_prefix if module_prefix is None else module_prefix
         layout = _checked_layout(layout) if layout is not None else _rollout_layout(self.config)
-        self.layout = layout.for_architecture(self.architecture, self.native_model)
+        self.layout = layout.for_architecture(self.architecture, self.native_model).with_names(self.engine_names)
         self.strict_dtype = strict_dtype
         self.leave = _patterns(leave)
         self._plans: dict[Any, tuple[Plan, tuple[scan.LayerGroup, ...]]] = {}

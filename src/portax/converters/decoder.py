@@ -243,7 +243,7 @@ class PlainDecoder(BaseConverter):
         path: str,
         name: str,
         *,
-        hub: Literal["each", "stacked"],
+        hub: Literal["each", "stacked", "alternating"],
         hub_names: blocks.ExpertNames = blocks.EXPERT_NAMES,
         width: str = "moe_mlp_dim",
     ) -> blocks.FusedMoE:

@@ -13,6 +13,7 @@ from portax.converters.base import BaseConverter
 from portax.converters.gemma3 import Gemma3Converter
 from portax.converters.gemma4 import Gemma4Converter
 from portax.converters.gemma4_small import Gemma4SmallConverter
+from portax.converters.gpt_oss import GptOssConverter
 from portax.converters.llama import LlamaConverter
 from portax.converters.maxtext import MaxTextConverter
 from portax.converters.qwen2 import Qwen2Converter
@@ -33,6 +34,7 @@ _OWN: tuple[type[BaseConverter], ...] = (
     Gemma3Converter,
     Gemma4Converter,
     Gemma4SmallConverter,
+    GptOssConverter,
 )
 
 

@@ -171,6 +171,8 @@ def _check(hooks: Hooks, plan: Plan, weights: Mapping[str, Any]) -> None:
     for name, entry in expected.items():
         if name not in weights:
             cause = "the checkpoint is of another model, or the config does not describe it"
+            if f"{name}_blocks" in weights:
+                cause = f"a checkpoint in mxfp4 ({name}_blocks and _scales): dequantise it to bfloat16 first"
             problems.append(Problem(name, "nothing", f"a tensor of shape {list(entry.shape)}", cause))
             continue
         shape, dtype = tuple(weights[name].shape), np.dtype(weights[name].dtype)

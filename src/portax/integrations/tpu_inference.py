@@ -58,10 +58,12 @@ def engine_state(engine: Any) -> Mapping[str, Any]:
         engine: As for `model_runner`.
 
     Raises:
-        SyncError: The draft model of speculative decoding holds some of the same arrays.
+        SyncError: The draft model of speculative decoding holds some of the same arrays, or the engine computes with
+            copies of weights that are not among its leaves (the sinks of gpt-oss).
     """
     runner = model_runner(engine)
     _refuse_shared_draft(runner)
+    _refuse_copied_sinks(runner)
     return maxtext_vllm.trainer_state(runner.state) if maxtext_vllm.is_maxtext(runner) else runner.state
 
 
@@ -77,6 +79,24 @@ def _refuse_shared_draft(runner: Any) -> None:
             f"the engine's draft ({type(draft).__name__}) holds the very array of {', '.join(fold(shared))}: a sync "
             "writes into it or replaces it, and does not update the draft. Start the engine without "
             "speculative_config, or with a draft that has weights of its own"
+        )
+
+
+def _refuse_copied_sinks(runner: Any) -> None:
+    """Refuses attention that computes with a copy of its sinks: writing the leaf would change nothing.
+
+    Source: tpu-inference 0.32, layers/vllm/backends/flash_attn.py (process_weights_after_loading). The copy is no leaf,
+    and a constant of the compiled step, so that a sync cannot replace it either.
+    """
+    names = [name for name in EngineState(runner.state).leaves() if name.endswith(".sinks")]
+    if not names or _native(runner):
+        return
+    modules = runner.model.model.modules()
+    if any(getattr(getattr(module, "impl", None), "sinks", None) is not None for module in modules):
+        raise SyncError(
+            f"the engine computes with a float32 copy of {', '.join(fold(names))} that its attention made while it "
+            "loaded, and that is compiled into its step: after a sync it would go on with the old sinks, without an "
+            "error. tpu-inference 0.32 cannot be given new ones: restart the engine from an export instead"
         )
 
 

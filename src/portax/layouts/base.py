@@ -26,7 +26,7 @@ OTHER_MODALITIES = r"(visual|vision_tower|multi_modal_projector|embed_vision|aud
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["array"],
-    meta_fields=["name", "spec", "in_decoder", "tied_to", "lossy"],
+    meta_fields=["name", "spec", "in_decoder", "tied_to", "lossy", "rounded_to"],
 )
 @dataclasses.dataclass(frozen=True)
 class Tensor:
@@ -39,6 +39,7 @@ class Tensor:
         in_decoder: False for the output projection, which stands beside the decoder.
         tied_to: Name of the leaf whose values it repeats, if the model ties them.
         lossy: The steps that lose precision after the cast to the layout's dtype, such as quantisation.
+        rounded_to: The dtype that its values were cast to before they were widened to its own; None if they were not.
 
     Example:
         >>> Tensor("self_attn.o_proj.weight", jnp.ones((64, 64)), jax.P("model", None)).in_decoder
@@ -51,6 +52,7 @@ class Tensor:
     in_decoder: bool = True
     tied_to: str | None = None
     lossy: tuple[str, ...] = ()
+    rounded_to: Any = None
 
 
 class Layout(abc.ABC):
@@ -114,6 +116,15 @@ class Layout(abc.ABC):
         """
         return self
 
+    def with_names(self, names: tuple[tuple[str, str], ...]) -> "Layout":
+        """Returns the layout for a model class with names of its own; by default this one, which has the hub's.
+
+        Args:
+            names: How a name starts on the hub, relative to the layer, and how in the class: `self_attn.`, `attn.`.
+        """
+        del names
+        return self
+
     @property
     def definition(self) -> str | None:
         """Words for what an exact result is, if not the trainer's values cast to `dtype`."""
@@ -157,7 +168,7 @@ class Layout(abc.ABC):
 
     def cast(self, block: _Block) -> _Block:
         """Casts the arrays of a block to the dtype that the engine stores it in; bfloat16 as its bits."""
-        float32 = isinstance(block, blocks.Param) and block.float32
+        float32 = isinstance(block, blocks.Param) and block.float32 and self.dtype is not None
         dtypes = [jnp.bfloat16 if leaf.dtype == jnp.uint16 else leaf.dtype for leaf in jax.tree.leaves(block)]
         dtype = jnp.dtype(jnp.float32) if float32 else self.dtype or jnp.result_type(*dtypes)
         return jax.tree.map(functools.partial(_stored, dtype=dtype), block)
@@ -266,6 +277,14 @@ def _ungrouped(block: blocks.GroupedLinear) -> blocks.MergedLinear:
     parts = iter(kernels.ungroup(block.kernel, groups=block.groups, widths=block.widths))
     merged = tuple(tuple(itertools.islice(parts, count)) for _, count in block.hub)
     return blocks.MergedLinear(block.name, tuple(name for name, _ in block.hub), merged)
+
+
+def renamed(tensor: Tensor, names: tuple[tuple[str, str], ...]) -> Tensor:
+    """The tensor under its name in a model class; see `Layout.with_names`."""
+    for hub, own in names:
+        if tensor.name.startswith(hub):
+            return dataclasses.replace(tensor, name=own + tensor.name.removeprefix(hub))
+    return tensor
 
 
 def in_decoder(tensor: Tensor, layer: int | str | None) -> str:

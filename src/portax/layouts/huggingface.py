@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from portax.errors import LayoutError
 from portax.layouts.base import OTHER_MODALITIES, Layout, Tensor, as_matrix, flat_columns, in_decoder
 from portax.weights import blocks, kernels
 
@@ -43,7 +44,8 @@ class HuggingFace(Layout):
 
     def linear(self, block: blocks.Linear) -> tuple[Tensor, ...]:
         """`[out, in]`."""
-        return (Tensor(f"{block.name}.weight", kernels.transpose(as_matrix(block))),)
+        weight = Tensor(f"{block.name}.weight", kernels.transpose(as_matrix(block)))
+        return (weight,) if block.bias is None else (weight, Tensor(f"{block.name}.bias", block.bias))
 
     def merged_linear(self, block: blocks.MergedLinear) -> tuple[Tensor, ...]:
         """Each group of parts under its own name, `[out, in]`."""
@@ -70,6 +72,9 @@ class HuggingFace(Layout):
     def fused_moe(self, block: blocks.FusedMoE) -> tuple[Tensor, ...]:
         """Each expert's three projections, or all experts stacked as `gate_up_proj` and `down_proj`."""
         names = block.hub_names
+        if block.hub == "alternating":
+            return _alternating_experts(block)
+        _must_have_no_bias(block)
         if block.hub == "stacked":
             gate_up = jnp.concatenate([block.gate, block.up], axis=2)
             return (
@@ -94,3 +99,22 @@ class HuggingFace(Layout):
     def tied_lm_head(self, block: blocks.TiedLMHead) -> tuple[Tensor, ...]:
         """Nothing: the hub's config says that they are tied."""
         return ()
+
+
+def _alternating_experts(block: blocks.FusedMoE) -> tuple[Tensor, ...]:
+    names = block.hub_names
+    gate_up = kernels.alternate(block.gate, block.up)
+    matrices = Tensor(f"{block.name}.{names.gate_up}", gate_up), Tensor(f"{block.name}.{names.down}", block.down)
+    if not block.bias:
+        return matrices
+    gate, up, down = block.bias
+    return (
+        *matrices,
+        Tensor(f"{block.name}.{names.gate_up}_bias", kernels.alternate(gate, up)),
+        Tensor(f"{block.name}.{names.down}_bias", down),
+    )
+
+
+def _must_have_no_bias(block: blocks.FusedMoE) -> None:
+    if block.bias:
+        raise LayoutError(f"{block.name}: on the hub, experts with biases alternate, and this form is {block.hub!r}")

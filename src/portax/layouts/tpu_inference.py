@@ -16,8 +16,8 @@ from jaxtyping import Array, Shaped
 from portax.errors import LayoutError
 from portax.layouts._quantised_torchax import QuantisedTorchax
 from portax.layouts._tpu import AXIS, Axes, must_be_positive, release_text
-from portax.layouts.base import OTHER_MODALITIES, Tensor, as_matrix, flat_columns, in_decoder
-from portax.weights import blocks, kernels
+from portax.layouts.base import OTHER_MODALITIES, Tensor, as_matrix, flat_columns, in_decoder, renamed
+from portax.weights import bits, blocks, kernels
 
 _LINEAR_AXES = ("model", "expert", "dcp")
 _TP_AXES = ("attn_dp", "attn_dp_expert", "expert", "model", "dcp", "pcp")
@@ -60,6 +60,7 @@ class TpuInference(QuantisedTorchax):
         dtype: The dtype that the engine stores weights in.
         allow_untested: True uses the newest known layout for a version newer than any that was checked.
         quantization: The engine's settings of quantisation; None for none.
+        names_of_class: Names that differ from the hub's; converters fill them in.
         quantised_linears: The quantised linears of a layer, if not all are; converters fill it in.
 
     Raises:
@@ -78,6 +79,7 @@ class TpuInference(QuantisedTorchax):
     attention_dp: int | None = None
     dtype: Any = jnp.dtype(jnp.bfloat16)
     allow_untested: bool = False
+    names_of_class: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -120,8 +122,13 @@ class TpuInference(QuantisedTorchax):
     def _tp_axes(self) -> Axes:
         return AXIS if self.attention_dp is None else _TP_AXES
 
+    def with_names(self, names: tuple[tuple[str, str], ...]) -> "TpuInference":
+        """Returns the layout with a model class's own names."""
+        return dataclasses.replace(self, names_of_class=names)
+
     def path(self, tensor: Tensor, *, layer: int | str | None, module_prefix: str) -> str:
         """`vllm_model.`, the module prefix, `model.` and the layer in front of the tensor's name."""
+        tensor = renamed(tensor, self.names_of_class)
         for since, new, old in _RENAMED:
             if self._release < since and tensor.name.startswith(new):
                 tensor = dataclasses.replace(tensor, name=old + tensor.name.removeprefix(new))
@@ -136,7 +143,8 @@ class TpuInference(QuantisedTorchax):
         """`[in, out]`, cut on the side that is parallel."""
         axes = self._linear_axes
         cut = {"column": (None, axes), "row": (axes, None), "replicated": (None, None)}[block.parallel]
-        return self._linear(block.name, [as_matrix(block)], lambda parts: parts[0], cut)
+        held = self._linear(block.name, [as_matrix(block)], lambda parts: parts[0], cut)
+        return held if block.bias is None else (*held, Tensor(f"{block.name}.bias", block.bias, self._spec(cut[1])))
 
     def merged_linear(self, block: blocks.MergedLinear) -> tuple[Tensor, ...]:
         """`[in, a0 b0 | a1 b1 | ...]`: every shard holds its slice of each part."""
@@ -182,7 +190,23 @@ class TpuInference(QuantisedTorchax):
         return (
             Tensor(f"{name}.w13_weight", w13, self._spec(*cut13)),
             Tensor(f"{name}.w2_weight", w2, self._spec(*cut2)),
+            *(self._expert_biases(name, block) if block.bias else ()),
         )
+
+    def _expert_biases(self, name: str, block: blocks.FusedMoE) -> tuple[Tensor, ...]:
+        """The biases as float32 numbers that were bfloat16 ones, `[experts, 1, out]`; w13's in the order of w13."""
+        if self.moe_backend == "fused_moe" or self.quantization is not None:
+            raise LayoutError(
+                f"{block.name}: experts with biases were run with gmm_tp and gmm_ep, and unquantised",
+                expected="moe_backend='gmm_tp' or 'gmm_ep', and quantization=None",
+                cause="another backend or a quantised engine, which may hold these biases in another way or drop them",
+            )
+        gate, up, down = (bits.widened(bias)[:, None] for bias in block.bias)
+        split = self.moe_backend == "gmm_tp"
+        w13 = kernels.fuse_w13(gate, up, shards=self.tp if split else 1)
+        cut13, cut2 = ((None, None, self._tp_axes), (None, None, None)) if split else ((self._tp_axes,),) * 2
+        biases = (("w13_bias", w13, cut13), ("w2_bias", down, cut2))
+        return tuple(Tensor(f"{name}.{leaf}", x, self._spec(*cut), rounded_to=self.dtype) for leaf, x, cut in biases)
 
     def _gmm_tp(self, block: blocks.FusedMoE) -> _Experts:
         w13 = self._fused_w13(block, shards=self.tp)

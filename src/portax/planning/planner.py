@@ -96,15 +96,15 @@ def _entries(layout: Layout, module_prefix: str, group: LayerGroup, traced: Trac
                 dtype=dtype,
                 spec=tensor.spec,
                 sources=tuple(root + layer.path(source) for source in sources),
-                casts=_casts((layer.leaves[source].dtype for source in sources), dtype, tensor.lossy),
+                casts=_casts((layer.leaves[source].dtype for source in sources), dtype, tensor),
                 tied_to=tied,
             )
 
 
-def _casts(sources: Iterable[np.dtype], dtype: np.dtype, lossy: tuple[str, ...]) -> tuple[str, ...]:
+def _casts(sources: Iterable[np.dtype], dtype: np.dtype, tensor: Tensor) -> tuple[str, ...]:
     """Returns every step that loses precision, in order; quantisation starts with a cast to bfloat16."""
-    cast_to = np.dtype(jnp.bfloat16) if lossy else dtype
-    return tuple(sorted({step for source in sources if (step := _narrowing(source, cast_to))})) + lossy
+    cast_to = np.dtype(jnp.bfloat16) if tensor.lossy else np.dtype(tensor.rounded_to or dtype)
+    return tuple(sorted({step for source in sources if (step := _narrowing(source, cast_to))})) + tensor.lossy
 
 
 @functools.cache

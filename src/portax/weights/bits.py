@@ -19,6 +19,13 @@ def from_bits(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
+def widened(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """Returns raw bfloat16 as float32 with the same values, NaNs and denormals included; anything else unchanged."""
+    if x.dtype != jnp.uint16:
+        return x
+    return lax.bitcast_convert_type(x.astype(jnp.uint32) << 16, jnp.float32)
+
+
 def pin_bits(x: Shaped[Array, "..."], zero: Bool[Array, ""]) -> Shaped[Array, "..."]:
     """Returns raw bfloat16 unchanged, and keeps the compiler from moving a cast to floats across this point.
 

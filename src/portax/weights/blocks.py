@@ -35,6 +35,7 @@ class Linear:
         kernel: `[in, *out]` for a column-parallel product, `[*in, out]` for a row-parallel one, `[in, out]` for a
             replicated one; any float dtype.
         parallel: The side that tensor parallelism cuts: `column` for the output, `row` for the input.
+        bias: Vector that is added to the output; None without.
 
     Example:
         >>> block = blocks.Linear("self_attn.o_proj", jnp.ones((4, 16, 64)), "row")  # heads, head_dim, embed
@@ -45,6 +46,7 @@ class Linear:
     name: str = _static()
     kernel: Shaped[Array, "..."]
     parallel: Literal["column", "row", "replicated"] = _static()
+    bias: Shaped[Array, " out"] | None = None
 
 
 @_block
@@ -192,8 +194,10 @@ class FusedMoE:
         gate: Kernel of the activated branch.
         up: Kernel of the linear branch.
         down: Kernel of the way back.
-        hub: The hub's form: `each` expert has tensors of its own, or all are `stacked`.
+        hub: The hub's form: `each` expert has tensors of its own; all are `stacked`, `[out, in]`; or they are
+            `alternating`: stacked, `[in, out]`, and every column of gate is followed by its column of up.
         hub_names: The hub's names of the matrices.
+        bias: Vectors that are added behind gate, up and down, `[experts, out]` each; empty without.
 
     Example:
         >>> gate = up = jnp.ones((8, 64, 256))
@@ -206,8 +210,9 @@ class FusedMoE:
     gate: Shaped[Array, "experts in width"]
     up: Shaped[Array, "experts in width"]
     down: Shaped[Array, "experts width in"]
-    hub: Literal["each", "stacked"] = _static()
+    hub: Literal["each", "stacked", "alternating"] = _static()
     hub_names: ExpertNames = _static(default=EXPERT_NAMES)
+    bias: tuple[Shaped[Array, "experts _"], ...] = ()
 
 
 @_block

@@ -171,6 +171,16 @@ def deinterleave(x: Shaped[Array, "*batch dim"]) -> Shaped[Array, "*batch dim"]:
     return jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
 
 
+def alternate(a: Shaped[Array, "*batch _"], b: Shaped[Array, "*batch _"]) -> Shaped[Array, "*batch _"]:
+    """Puts every column of `b` behind its column of `a`: `[a0 b0 a1 b1 ...]`.
+
+    Example:
+        >>> print(kernels.alternate(jnp.array([0, 1]), jnp.array([10, 11])))
+        [ 0 10  1 11]
+    """
+    return jnp.stack([a, b], axis=-1).reshape(*a.shape[:-1], -1)
+
+
 @functools.partial(jax.jit, static_argnames=("shards", "replicate_kv"), inline=True)
 def pack_qkv(
     query: Shaped[Array, "*in heads query_dim"],
