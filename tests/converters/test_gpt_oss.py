@@ -164,6 +164,7 @@ def test_a_config_json_that_says_mxfp4_is_refused_for_an_export(tmp_path):
 @pytest.mark.parametrize(
     "layout",
     [
+        TpuInference(version="0.22", tp=2),
         TpuInference(version="0.32", tp=2, moe_backend="fused_moe"),
         TpuInference(
             version="0.32",
@@ -171,11 +172,11 @@ def test_a_config_json_that_says_mxfp4_is_refused_for_an_export(tmp_path):
             quantization=Quantization("bf16", "narrow", bf16_linear_requantize_patterns=("re:.*",)),
         ),
     ],
-    ids=["fused_moe", "quantised"],
+    ids=["old", "fused_moe", "quantised"],
 )
 def test_engines_that_were_not_run_with_these_biases(layout):
     with pytest.raises(
-        portax.LayoutError, match="experts with biases were run with gmm_tp and gmm_ep, and unquantised"
+        portax.LayoutError, match="experts with biases were run with gmm_tp and gmm_ep, unquantised, since"
     ):
         layout.lower(experts())
 

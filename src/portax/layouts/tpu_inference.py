@@ -33,6 +33,7 @@ _RENAMED = (  # version, start of the name since, and before
     ((0, 30), "router.per_expert_scale", "moe.per_expert_scale"),
 )
 _EXPERTS_ROUTED = (0, 23)  # experts.routed_experts.w13_weight; before: experts.w13_weight
+_EXPERT_BIASES = (0, 32)  # the first whose experts with biases were run
 _ATTENTION_DP = (0, 32)  # the first whose attention data parallelism was run
 
 _Cut: TypeAlias = tuple[Axes | None, ...]
@@ -195,11 +196,12 @@ class TpuInference(QuantisedTorchax):
 
     def _expert_biases(self, name: str, block: blocks.FusedMoE) -> tuple[Tensor, ...]:
         """The biases as float32 numbers that were bfloat16 ones, `[experts, 1, out]`; w13's in the order of w13."""
-        if self.moe_backend == "fused_moe" or self.quantization is not None:
+        if self.moe_backend == "fused_moe" or self.quantization is not None or self._release < _EXPERT_BIASES:
+            since = f"tpu-inference {release_text(_EXPERT_BIASES)}"
             raise LayoutError(
-                f"{block.name}: experts with biases were run with gmm_tp and gmm_ep, and unquantised",
-                expected="moe_backend='gmm_tp' or 'gmm_ep', and quantization=None",
-                cause="another backend or a quantised engine, which may hold these biases in another way or drop them",
+                f"{block.name}: experts with biases were run with gmm_tp and gmm_ep, unquantised, since {since}",
+                expected=f"{since}, moe_backend='gmm_tp' or 'gmm_ep', and quantization=None",
+                cause="an engine that was not run with gpt-oss, and may hold these biases in another way or drop them",
             )
         gate, up, down = (bits.widened(bias)[:, None] for bias in block.bias)
         split = self.moe_backend == "gmm_tp"
