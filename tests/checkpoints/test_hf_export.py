@@ -95,7 +95,7 @@ class StopHere(KeyboardInterrupt):
 
 
 def stopping_after(nbytes, error):
-    def progress(count):
+    def progress(count, _):
         progress.seen += count
         if progress.seen >= nbytes:
             raise error
@@ -115,9 +115,12 @@ def interrupted(converter, out, nbytes=400_000, error=None, **options):
 
 def test_what_is_written_is_what_is_converted(converter, expected, out):
     seen = []
-    done = portax.export(converter, opened(), out, hub_config=HUB_CONFIG, progress=seen.append, **SHARDS)
+    done = portax.export(
+        converter, opened(), out, hub_config=HUB_CONFIG, progress=lambda *at: seen.append(at), **SHARDS
+    )
     assert_same(read(out), expected)
-    assert sum(seen) == done.nbytes == converter.plan(opened()).bytes_out
+    assert sum(count for count, _ in seen) == done.nbytes == converter.plan(opened()).bytes_out
+    assert {total for _, total in seen} == {done.nbytes}
     assert (done.tensors, done.resumed) == (len(expected), 0)
     names = sorted(path.name for path in out.iterdir())
     shards = [f"model-{i:05}-of-{done.shards:05}.safetensors" for i in range(1, done.shards + 1)]

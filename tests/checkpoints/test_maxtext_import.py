@@ -69,12 +69,13 @@ def assert_same(found, expected):
 def test_a_real_checkpoint_comes_back(converter, hub, out):
     """As Orbax restores it, which is how MaxText does."""
     seen = []
-    done = portax.import_checkpoint(converter, portax.open_checkpoint(hub), out, progress=seen.append)
+    done = portax.import_checkpoint(converter, portax.open_checkpoint(hub), out, progress=lambda *at: seen.append(at))
     expected = read(QWEN3 / "orbax", "base/")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         found = ocp.tree.to_flat_dict(checkpointer.restore(out / "items")["params"]["params"], sep="/")
     assert_same(found, expected)
-    assert sum(seen) == done.nbytes == sum(leaf.nbytes for leaf in expected.values())
+    assert {total for _, total in seen} == {done.nbytes}
+    assert sum(count for count, _ in seen) == done.nbytes == sum(leaf.nbytes for leaf in expected.values())
     assert (done.leaves, done.items) == (len(expected), str(out / "items"))
     assert json.loads((out / "_CHECKPOINT_METADATA").read_text())["custom_metadata"] == {"scan_layers": True}
     assert [*out.parent.iterdir()] == [out]
@@ -133,7 +134,7 @@ def test_unscanned_and_in_another_dtype_by_command(hub, out, capsys):
     [(KeyboardInterrupt(), KeyboardInterrupt, 130), (portax.CheckpointError("gone"), portax.CheckpointError, 2)],
 )
 def test_nothing_is_left_of_an_import_that_stops(converter, hub, out, monkeypatch, error, raised, code):
-    def stop(_):
+    def stop(*_):
         raise error
 
     with pytest.raises(raised):

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from syncs import DENSE, EMBED, MOE, NORM, broken_at, converter_of, made
 
 import portax
+from portax._text.report import Report
 from portax.analysis.cost_model import estimate
 from portax.execution import executor
 from portax.execution.byte_counts import byte_count
@@ -222,7 +223,10 @@ def test_reports_of_one_form():
     torn = Torn(new=("a",), old=("b", "c"), lost=(), cause="a broken link")
     verification = Verification(leaves=3, different=("a",))
     for found in (report, report.verification, torn, verification):
+        assert isinstance(found, Report)
         assert json.loads(found.to_json()) == json.loads(json.dumps(found.to_dict()))
+    assert str(torn) == "torn (1 new, 2 old, 0 lost) by a broken link"
+    assert str(verification) == "1 of 3 leaves differ: a"
     assert torn.to_dict() == {"new": ("a",), "old": ("b", "c"), "lost": (), "cause": "a broken link"}
     assert verification.to_dict() == {"leaves": 3, "different": ("a",)}
     assert report.to_dict()["verification"] == {"leaves": 39, "different": ()}

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from portax._text.report import Progress, no_progress
 from portax.analysis.compare import Found, common_dtype, compare
 from portax.analysis.diff_report import Diff, LeafDiff, described
 from portax.checkpoints.reading import Checkpoint
@@ -50,7 +51,7 @@ def diff(
     converter: BaseConverter | None = None,
     values: bool = True,
     piece_bytes: int = PIECE_BYTES,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Diff:
     """Compares two checkpoints or states, leaf by leaf: names, shapes, dtypes, and bits.
 
@@ -87,9 +88,8 @@ def diff(
     if values:
         alike = [path for path in common if _comparable(one.specs[path], two.specs[path])]
         total = sum(one.specs[path].size * one.specs[path].dtype.itemsize for path in alike)
-        report = (lambda done: progress(done, total)) if progress else (lambda _: None)
         for path, x, y in _pairs(one, two, alike):
-            found[path] = compare(x, y, piece_bytes=piece_bytes, progress=report)
+            found[path] = compare(x, y, piece_bytes=piece_bytes, progress=lambda done: progress(done, total))
     beside = dict(_beside(one, two, converter.layout, piece_bytes if values else None)) if converter else {}
     paths = dict.fromkeys((*one.specs, *two.specs))
     names = {**two.names, **one.names}

@@ -6,13 +6,13 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 from jaxtyping import Array, Shaped
 
-from portax._text.report import Report
+from portax._text.report import Progress, Report, no_progress
 from portax._text.tables import plural, size, text_lines
 from portax._text.version import portax_version
 from portax.checkpoints import config_json, vocab_chunks
@@ -57,10 +57,6 @@ class Export(Report):
     seconds: float
     left: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns all of it, as values for JSON."""
-        return dataclasses.asdict(self)
-
     def __rich__(self) -> "RenderableType":
         kept = f", {self.resumed} of them from before" if self.resumed else ""
         files = f"{plural(self.shards, 'file')}{kept}"
@@ -76,7 +72,7 @@ def export(
     hub_config: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
     bucket_bytes: int = BUCKET_BYTES,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Export:
     """Converts a model and writes sharded safetensors, their index and a given `config.json`, in bounded memory.
 
@@ -92,7 +88,7 @@ def export(
         hub_config: The content of this model's hub `config.json`; it is checked against the plan.
         shard_bytes: Most bytes of tensors in one file.
         bucket_bytes: Bytes to convert and write at a time.
-        progress: Called with the number of bytes written since its last call.
+        progress: Called with the number of bytes written since its last call, and the total.
 
     Returns:
         A report.
@@ -116,12 +112,11 @@ def export(
         config_json.check(hub_config, converter, plan)
     work = _Work(converter, params, bucket_bytes)
     shards = make_shards(work.order(), shard_bytes)
-    report = progress or (lambda _: None)
     with atomic_dir(folder, _manifest(converter, params, plan, shards)) as unfinished:
         todo = [shard for shard in shards if not shard.is_whole(unfinished)]
         check_space(unfinished, sum(shard.nbytes for shard in todo))
-        report(sum(shard.tensor_bytes for shard in shards if shard not in todo))
-        with ShardWriter(unfinished, todo, report) as writer:
+        progress(sum(shard.tensor_bytes for shard in shards if shard not in todo), plan.bytes_out)
+        with ShardWriter(unfinished, todo, lambda done: progress(done, plan.bytes_out)) as writer:
             parts = work.parts({name for shard in todo for name in shard.offsets})
             consume_behind(parts, lambda bucket: writer.write(jax.device_get(bucket)))
         write_text(unfinished / INDEX, index(shards))

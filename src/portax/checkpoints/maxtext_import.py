@@ -4,10 +4,10 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from portax._text.report import Report
+from portax._text.report import Progress, Report, no_progress
 from portax._text.tables import plural, size, text_lines
 from portax.checkpoints.atomic_dir import atomic_dir, check_space, refuse_existing
 from portax.checkpoints.orbax_writer import ITEM, NewArray, Stores, chunk_shape, write_checkpoint
@@ -38,10 +38,6 @@ class Import(Report):
     nbytes: int
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns all of it, as values for JSON."""
-        return dataclasses.asdict(self)
-
     def __rich__(self) -> "RenderableType":
         return text_lines(
             [
@@ -59,7 +55,7 @@ def import_checkpoint(
     *,
     scanned: bool = True,
     dtype: Any = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Import:
     """Restores the trainer's tree and writes it as an Orbax checkpoint for MaxText, a layer at a time.
 
@@ -73,7 +69,7 @@ def import_checkpoint(
         folder: The folder to write; must not exist.
         scanned: True stacks the layers, as MaxText does with `scan_layers=true`.
         dtype: Dtype of the leaves; None keeps that of the tensors.
-        progress: Called with the number of bytes written since its last call.
+        progress: Called with the number of bytes written since its last call, and the total.
 
     Returns:
         A report.
@@ -93,12 +89,11 @@ def import_checkpoint(
     folder = pathlib.Path(folder)
     refuse_existing(folder)
     restoration = converter.restoration(weights, scanned=scanned, dtype=dtype)
-    report = progress or (lambda _: None)
 
     def fill(stores: Stores) -> None:
         for layer, leaves in restoration:
             stores.write({_ROOT + path: (restoration.at(layer, path), leaf) for path, leaf in leaves.items()})
-            report(sum(leaf.nbytes for leaf in leaves.values()))
+            progress(sum(leaf.nbytes for leaf in leaves.values()), restoration.nbytes)
 
     with atomic_dir(folder, None) as unfinished:
         check_space(unfinished, restoration.nbytes)

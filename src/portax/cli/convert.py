@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             hub_config=hub_config,
             shard_bytes=args.shard_bytes,
             bucket_bytes=args.bucket_bytes,
-            progress=lambda done: report(done, plan.bytes_out),
+            progress=report,
         )
     output.report(args, done)
     return 0

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             out,
             scanned=args.scanned,
             dtype=args.dtype,
-            progress=lambda done: report(done, restoration.nbytes),
+            progress=report,
         )
     output.report(args, done)
     return 0

@@ -120,7 +120,7 @@ class Layout(abc.ABC):
         """Returns the layout for a model class with names of its own; by default this one, which has the hub's.
 
         Args:
-            names: How a name starts on the hub, relative to the layer, and how in the class: `self_attn.`, `attn.`.
+            names: Pairs of the start of a name within a layer: the hub's and the class's, `("self_attn.", "attn.")`.
         """
         del names
         return self

@@ -1,32 +1,23 @@
 """Reports of a sync: versions, seconds of each phase, bytes, and the remains of a failed one."""
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from portax._text.names import fold
-from portax._text.tables import new_table, plural, render, size
+from portax._text.report import Report
+from portax._text.tables import new_table, plural, size, text_lines
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 PHASES = ("plan", "compile", "convert", "transfer", "assign", "verify")
 
 
-class _Report:
-    """Common to all reports: the form for machines."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns all of it, as plain values by name."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload]
-
-    def to_json(self) -> str:
-        """Returns all of it, as one JSON object."""
-        return json.dumps(self.to_dict(), indent=1)
-
-
 @dataclasses.dataclass(frozen=True)
-class Torn(_Report):
+class Torn(Report):
     """The state that a failed sync left behind; the next complete one mends it.
 
     Attributes:
@@ -41,14 +32,14 @@ class Torn(_Report):
     lost: tuple[str, ...]
     cause: str
 
-    def __str__(self) -> str:
+    def __rich__(self) -> "RenderableType":
         counts = ", ".join(f"{len(getattr(self, what))} {what}" for what in ("new", "old", "lost"))
         lost = f"; lost: {', '.join(fold(self.lost))}" if self.lost else ""
-        return f"torn ({counts}) by {self.cause}{lost}"
+        return text_lines([f"torn ({counts}) by {self.cause}{lost}"])
 
 
 @dataclasses.dataclass(frozen=True)
-class Verification(_Report):
+class Verification(Report):
     """A comparison of the engine's leaves with those that a trainer's parameters give.
 
     Attributes:
@@ -59,15 +50,16 @@ class Verification(_Report):
     leaves: int
     different: tuple[str, ...]
 
-    def __str__(self) -> str:
+    def __rich__(self) -> "RenderableType":
         if not self.different:
-            return f"{self.leaves} leaves, all equal"
-        return f"{len(self.different)} of {self.leaves} leaves differ: {', '.join(fold(self.different))}"
+            return text_lines([f"{self.leaves} leaves, all equal"])
+        names = ", ".join(fold(self.different))
+        return text_lines([f"{len(self.different)} of {self.leaves} leaves differ: {names}"])
 
 
 @dataclasses.dataclass(frozen=True)
-class SyncReport(_Report):
-    """One completed sync. Its `str` is a table.
+class SyncReport(Report):
+    """One completed sync. Printed, it is a table.
 
     Attributes:
         version: Number of completed syncs, this one included.
@@ -109,7 +101,9 @@ class SyncReport(_Report):
         spent = sum(self.seconds[phase] for phase in ("convert", "transfer", "assign"))
         return self.bytes_written / spent / 1e9 if spent else 0.0
 
-    def __str__(self) -> str:
+    def __rich__(self) -> "RenderableType":
+        from rich.console import Group
+
         table = new_table("phase", ("seconds", "right"))
         for phase, seconds in self.seconds.items():
             table.add_row(phase, f"{seconds:.3f}")
@@ -126,10 +120,10 @@ class SyncReport(_Report):
             )
         if self.verification is not None:
             lines.append(f"verified   {self.verification}")
-        return render(table) + "\n".join(lines)
+        return Group(table, text_lines(lines))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it, as plain values by name."""
+        """Returns all of it as values for JSON."""
         return super().to_dict() | {"gb_per_s": self.gb_per_s}
 
 
