@@ -125,25 +125,8 @@ def _match(family: type[BaseConverter], example: ModelConfig, state: param_tree.
 
 def _compared(family: type[BaseConverter], config: ModelConfig, state: param_tree.ParamTree) -> Match:
     """Solves for the sizes, from the names that the family's hooks have for the axes of each leaf."""
-    layout, trial = Canonical(), _not_refusing(family)
-    found = trial(config, layout=layout).groups(state)
-    layers = [layer for group in found for layer in group.layers if not group.is_global]
-    told: dict[str, Any] = {"num_decoder_layers": max(len(layers), 1)}
-    if config.num_kv_shared_layers:
-        told["num_kv_shared_layers"] = sum(_OWN_KEYS not in layer.leaves for layer in layers)
-    converter = trial(dataclasses.replace(config, **told), layout=layout)
-    odd: list[str] = []
-    equations: dict[str, set[int]] = {"num_decoder_layers": {told["num_decoder_layers"]}}
-    for group in converter.groups(state):
-        read = _read(converter, group)
-        odd += [group.names(path) for path in read.keys() ^ {*group.paths}]
-        for path in read.keys() & {*group.paths}:
-            dims = _without_scan(group, group.layers[0].leaves[path].shape, config.param_scan_axis)
-            names = read[path].split()
-            if len(names) != len(dims):
-                odd.append(group.names(path))
-            for name, dim in zip(names, dims, strict=False):
-                equations.setdefault(name, set()).add(dim)
+    converter = _counted(family, config, state)
+    equations, odd = _equations(converter, state)
     sizes = _solve(equations, {name: getattr(converter.config, name) for name in _SWITCHES})
     solved = _solved(converter.config, sizes)
     untold = {field for name in equations for term in axes.parse(name).terms for field in term.unknown(sizes)}
@@ -152,19 +135,44 @@ def _compared(family: type[BaseConverter], config: ModelConfig, state: param_tre
     if solved is not None and not untold:
         odd += [f"{name} = {sorted(dims)}" for name, dims in equations.items() if {solved.size(name)} != dims]
         odd += _refused(family, solved)
-    told = {name: size for name, size in sizes.items() if name not in _SWITCHES}
-    usual = not odd and _usual(converter, state)
-    whole = None if untold or odd else solved
     return Match(
         decoder_block=config.decoder_block,
         converter=family,
-        sizes=told,
+        sizes={name: size for name, size in sizes.items() if name not in _SWITCHES},
         untold=tuple(sorted(untold)),
         scan_axis=config.param_scan_axis,
-        config=whole,
-        usual=usual,
+        config=None if untold or odd else solved,
+        usual=not odd and _usual(converter, state),
         odd=tuple(dict.fromkeys(odd)),
     )
+
+
+def _counted(family: type[BaseConverter], config: ModelConfig, state: param_tree.ParamTree) -> BaseConverter:
+    """Returns a converter of the family with the numbers of layers that the tree has."""
+    layout, trial = Canonical(), _not_refusing(family)
+    found = trial(config, layout=layout).groups(state)
+    layers = [layer for group in found for layer in group.layers if not group.is_global]
+    told: dict[str, Any] = {"num_decoder_layers": max(len(layers), 1)}
+    if config.num_kv_shared_layers:
+        told["num_kv_shared_layers"] = sum(_OWN_KEYS not in layer.leaves for layer in layers)
+    return trial(dataclasses.replace(config, **told), layout=layout)
+
+
+def _equations(converter: BaseConverter, state: param_tree.ParamTree) -> tuple[dict[str, set[int]], list[str]]:
+    """Returns the sizes of each axis in the tree, by the hooks' name of it, and leaves that do not fit the hooks."""
+    odd: list[str] = []
+    equations: dict[str, set[int]] = {"num_decoder_layers": {converter.config.num_decoder_layers}}
+    for group in converter.groups(state):
+        read = _read(converter, group)
+        odd += [group.names(path) for path in read.keys() ^ {*group.paths}]
+        for path in read.keys() & {*group.paths}:
+            dims = _without_scan(group, group.layers[0].leaves[path].shape, converter.config.param_scan_axis)
+            names = read[path].split()
+            if len(names) != len(dims):
+                odd.append(group.names(path))
+            for name, dim in zip(names, dims, strict=False):
+                equations.setdefault(name, set()).add(dim)
+    return equations, odd
 
 
 def _not_refusing(family: type[BaseConverter]) -> type[BaseConverter]:

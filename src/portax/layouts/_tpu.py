@@ -51,14 +51,8 @@ class TpuEngine(Layout):
         Raises:
             LayoutError: tpu-inference is not installed, or its version is not in the table.
         """
-        try:
-            version = importlib.metadata.version("tpu-inference")
-        except importlib.metadata.PackageNotFoundError:
-            raise LayoutError(
-                "tpu-inference is not installed here, so its version cannot be read; install it, or name the version "
-                f'of the engine: {cls.__name__}(version="{release_text(cls.newest)}", tp={tp})'
-            ) from None
-        return cls(version=version, tp=tp, **options)
+        example = f'{cls.__name__}(version="{release_text(cls.newest)}", tp={tp})'
+        return cls(version=installed_version("tpu-inference", example), tp=tp, **options)
 
     def _check(self, *, moe_backend: str, allow_untested: bool) -> None:
         """Raises a `LayoutError` for a version, size or backend that is unknown."""
@@ -96,6 +90,25 @@ class TpuEngine(Layout):
         if block.gate.shape[2] % shards:
             raise LayoutError(f"{block.name}: MoE width {block.gate.shape[2]} is not divisible by tp={self.tp}")
         return kernels.fuse_w13(block.gate, block.up, shards=shards, multiple=_EXPERT_MULTIPLE)
+
+
+def installed_version(package: str, example: str) -> str:
+    """Returns the version of an engine's package.
+
+    Args:
+        package: Its name.
+        example: A layout that names the version, for the error.
+
+    Raises:
+        LayoutError: The package is not installed.
+    """
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise LayoutError(
+            f"{package} is not installed here, so its version cannot be read; install it, or name the version of the "
+            f"engine: {example}"
+        ) from None
 
 
 def must_be_positive(what: str, value: Any) -> None:

@@ -7,7 +7,6 @@ logical_axis_rules of configs/inference/vllm.yml.
 
 import dataclasses
 import functools
-import importlib.metadata
 import re
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -16,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
 from portax.errors import LayoutError
-from portax.layouts._tpu import must_be_positive
+from portax.layouts._tpu import installed_version, must_be_positive
 from portax.layouts.base import Layout, Tensor
 from portax.layouts.native_model import NativeModel
 from portax.weights import blocks, kernels
@@ -109,14 +108,8 @@ class MaxTextVllm(Layout):
         Raises:
             LayoutError: MaxText is not installed, or its version is unknown.
         """
-        try:
-            version = importlib.metadata.version("maxtext")
-        except importlib.metadata.PackageNotFoundError:
-            raise LayoutError(
-                "maxtext is not installed here, so its version cannot be read; install it, or name the version of the "
-                f'engine: MaxTextVllm(version="{_KNOWN[-1]}", tp={tp})'
-            ) from None
-        return cls(version=version, tp=tp, **options)
+        example = f'MaxTextVllm(version="{_KNOWN[-1]}", tp={tp})'
+        return cls(version=installed_version("maxtext", example), tp=tp, **options)
 
     @property
     def mesh_axes(self) -> dict[str, int]:

@@ -47,31 +47,23 @@ def make_plan(
     Raises:
         PlanError: Leaves are missing, left over, or of another shape or dtype. Lists all of them.
     """
-    problems: list[Problem] = []
-    entries: list[Entry] = []
-    tensors_per_layer: list[int] = []
-    working = 0
-    for group in groups:
-        traced = trace(hooks, group)
-        problems += _group_problems(group, traced, tree, hooks.config)
-        new = list(_entries(hooks.layout, module_prefix, group, traced, tree.root))
-        working = max(working, sum(entry.nbytes for entry in new) // len(group.layers))
-        entries += new
-        tensors_per_layer.append(len(traced.tensors))
+    traces = [(group, trace(hooks, group)) for group in groups]
+    made = [[*_entries(hooks.layout, module_prefix, group, traced, tree.root)] for group, traced in traces]
+    entries = [entry for of_group in made for entry in of_group]
+    problems = [found for group, traced in traces for found in _group_problems(group, traced, tree, hooks.config)]
     problems += _depth_problems(groups, hooks.config.num_decoder_layers, tree.root, problems)
     problems += _entry_problems(entries, hooks.layout, strict_dtype)
     owned: tuple[str, ...] = ()
     if target is not None:
         owned, target_problems = _against_target(entries, target, hooks.layout)
         problems += target_problems
-    bytes_in = sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in tree.leaves.values())
     plan = Plan(
         layout=repr(hooks.layout),
         definition=hooks.layout.definition,
         entries=tuple(entries),
-        tensors_per_layer=tuple(tensors_per_layer),
-        bytes_in=bytes_in,
-        working_bytes=PROGRAMS_IN_FLIGHT * working,
+        tensors_per_layer=tuple(len(traced.tensors) for _, traced in traces),
+        bytes_in=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in tree.leaves.values()),
+        working_bytes=PROGRAMS_IN_FLIGHT * max(map(_layer_bytes, groups, made), default=0),
         ignored=tree.ignored,
         engine_owned=owned,
         left=tree.left,
@@ -80,6 +72,10 @@ def make_plan(
     if problems:
         raise PlanError(_folded(problems), plan)
     return plan
+
+
+def _layer_bytes(group: LayerGroup, entries: Sequence[Entry]) -> int:
+    return sum(entry.nbytes for entry in entries) // len(group.layers)
 
 
 def _entries(layout: Layout, module_prefix: str, group: LayerGroup, traced: Trace, root: str) -> Iterable[Entry]:
