@@ -11,14 +11,14 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import filled, sharded, tree
+from conftest import GOLDEN, filled, sharded, tree
 from engines import addresses, golden_of, grid, other, scrambled, wrong
 from flax import nnx
 
 import portax
 from portax.integrations import maxtext, tpu_inference
 from portax.layouts import TpuInference
-from portax.testing.golden import compare
+from portax.testing.golden import Golden, compare
 
 MODEL, TP = "qwen3-8b.scan", 2
 LAYOUT = TpuInference(version="0.32", tp=TP)
@@ -350,6 +350,27 @@ def test_a_training_engine_that_knows_what_the_rollout_holds():
     engine.target = engine.target | {name: jax.ShapeDtypeStruct((1, 2), "bfloat16")}
     with pytest.raises(portax.PlanError, match=name):
         engine.prepare_weight_sync(filled(MODEL))
+
+
+def test_a_training_engine_stages_what_maxtexts_own_model_holds_as_its_transport_names_it():
+    name, engine = "qwen3-30b-a3b.scan", TrainingEngine()
+    golden = Golden.load(GOLDEN / name / "maxtext-vllm-0.32.0.tp2.json")
+    converter = portax.converter_for(tree(name).config, layout=golden.layout)
+    maxtext.install(engine, converter, grid(0, 8, data=4, attn_dp=1, attn_dp_expert=1, expert=1, model=2))
+    params = sharded(filled(name), grid(0, 8, fsdp=4, tensor=2))
+    staged = engine.prepare_weight_sync(params)
+    held = {tuple(leaf.split(".")): nnx.Param(np.zeros(row.shape, row.dtype)) for leaf, row in golden.leaves.items()}
+    rollout = {"base": nnx.State.from_flat_path(held)["model"]}  # as tpu-inference gives it to its transport
+    assert [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(staged)] == [
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(rollout)
+    ]
+    flat = {".".join(("model", *path)): box.get_value() for path, box in staged["base"].flat_state()}
+    assert [row.name for row in compare(flat, golden) if row.difference] == []
+    engine.target = rollout
+    engine.prepare_weight_sync(params)
+    engine.target = {"base": {"decoder": {"other": jax.ShapeDtypeStruct((2,), "bfloat16")}}}
+    with pytest.raises(portax.PlanError, match=r"model\.decoder\.other"):
+        engine.prepare_weight_sync(params)
 
 
 def test_something_that_is_no_training_engine():

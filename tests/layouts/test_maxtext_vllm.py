@@ -199,6 +199,18 @@ def test_experts_that_are_not_complete_are_named():
             planned(MOE, layout=MaxTextVllm(version="0.2.5", tp=2), params=params, by_structure=by_structure)
 
 
+def test_a_router_bias_that_a_filter_left_behind_is_missed_without_an_engine():
+    name, layout = "deepseek3-671b.unscan", MaxTextVllm(version="0.2.5", tp=4, attention_dp=2)
+    whole, config = tree(name).shapes, {"routed_bias": True}
+    params = {path: leaf for path, leaf in whole.items() if not path.endswith("gate/bias")}
+    assert len(planned(name, layout=layout, config=config).entries) > len(
+        planned(name, layout=layout, params=params).entries
+    )
+    with pytest.raises(portax.PlanError, match=r"gate/bias: found nothing; .*routed_bias=True.*in a MoEBiasVar, which"):
+        planned(name, layout=layout, config=config, params=params)
+    assert planned("qwen3.5-35b-a3b.scan", layout=MaxTextVllm(version="0.2.5", tp=2)).entries
+
+
 def test_a_leaf_that_the_family_does_not_know_is_left_over_and_named():
     params = {**tree(MOE).shapes, "base/decoder/layers/adapter/kernel": jax.ShapeDtypeStruct((128, 4, 8), np.float32)}
     with pytest.raises(portax.PlanError, match=r"layers/adapter/kernel: found shape \[128, 4, 8\], which no hook uses"):

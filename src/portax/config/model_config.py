@@ -36,6 +36,7 @@ class ModelConfig:
         moe_mlp_dim: Width of one routed expert.
         padded_base_moe_mlp_dim: Width to which the trainer pads routed experts with zeros; 0 without.
         shared_experts: Experts that every token goes through, beside the routed ones.
+        routed_bias: True if routers have a bias.
         logits_via_embedding: True if the output projection is the embedding table (tied embeddings).
         attention_bias: True if the query, key and value projections have biases.
         rope_type: `llama3.1` where a head's rotary pairs are interleaved.
@@ -74,6 +75,7 @@ class ModelConfig:
     moe_mlp_dim: int = 0
     padded_base_moe_mlp_dim: int = 0
     shared_experts: int = 0
+    routed_bias: bool = False
     logits_via_embedding: bool = False
     attention_bias: bool = False
     rope_type: str = "default"

@@ -27,12 +27,10 @@ class GptOssConfig(ModelConfig):
     Attributes:
         attention_sink: True if every query head has a sink, a number that takes part in the softmax.
         mlp_bias: True if experts have biases.
-        routed_bias: True if the router has a bias.
     """
 
     attention_sink: bool = False
     mlp_bias: bool = False
-    routed_bias: bool = False
 
 
 class GptOssConverter(PlainDecoder):

@@ -9,11 +9,18 @@ from jax.sharding import Sharding
 
 from portax.converters.decoder import PlainDecoder
 from portax.converters.structure import named_blocks
-from portax.errors import ConfigError
+from portax.errors import ConfigError, Problem
 from portax.trainer.layer_params import Axes, LayerParams
 from portax.weights.blocks import Blocks
 
 _ROUTER_BIAS_APART = ("deepseek", "deepseek4")
+_SOME_ROUTERS_HASH = ("deepseek4",)  # and have no bias, whatever routed_bias says
+_NO_ROUTER_BIAS = (
+    "nothing",
+    "the router's bias, because the config says routed_bias=True",
+    "MaxText keeps it in a MoEBiasVar, which is no nnx.Param: hand over nnx.state(model), or nnx.state(model, "
+    "(nnx.Param, MoEBiasVar))",
+)
 
 
 class MaxTextConverter(PlainDecoder):
@@ -44,7 +51,12 @@ class MaxTextConverter(PlainDecoder):
         return named_blocks(model, model.paths)
 
     def layer_blocks(self, layer: LayerParams) -> Blocks:
-        """Whatever the layer has."""
+        """Whatever the layer has; a router's bias must be there if the config says that there is one."""
+        if self.config.routed_bias and self.config.decoder_block not in _SOME_ROUTERS_HASH:
+            biases = [
+                path.removesuffix("kernel") + "bias" for path in layer.paths if f"/{path}".endswith("/gate/kernel")
+            ]
+            layer.problems += [Problem(path, *_NO_ROUTER_BIAS) for path in biases if path not in layer]
         return named_blocks(layer, layer.paths)
 
     def scan_axis(self, path: str) -> int:

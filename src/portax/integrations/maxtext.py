@@ -11,7 +11,10 @@ from jax.sharding import Mesh
 from portax.converters.base import BaseConverter, Weights
 from portax.errors import SyncError
 from portax.sync.staging import Staging
+from portax.trainer.flatten import flatten
 from portax.trainer.param_tree import Params
+
+_ROOT, _BASE = "model", "base"
 
 
 class WeightConverter:
@@ -35,20 +38,36 @@ class WeightConverter:
         self._staging = Staging(converter, mesh)
         self._checked: Any = None
 
-    def convert(self, src_pytree: Params, target_state: Any = None) -> Weights:
-        """Returns the rollout engine's leaves by full name, flat, as tpu-inference names them for its transport.
+    def convert(self, src_pytree: Params, target_state: Any = None) -> dict[str, Any]:
+        """Returns the rollout engine's leaves as its transport names them: of MaxText's own model a tree below `base`.
+
+        All others are flat, by full name, as tpu-inference has them.
 
         Args:
             src_pytree: The trainer's parameters, as for `converter.convert`.
-            target_state: The rollout engine's leaves, or their shapes, to check the results against.
+            target_state: The rollout engine's leaves, or their shapes, to check the results against, in the same form.
 
         Raises:
             PlanError: As for `converter.plan`.
         """
         if target_state is not None and target_state is not self._checked:
-            self._converter.plan(src_pytree, target_state)
+            self._converter.plan(src_pytree, self._by_full_name(target_state))
             self._checked = target_state
-        return self._staging.stage(src_pytree)
+        weights = self._staging.stage(src_pytree)
+        return weights if self._converter.layout.names == "hub" else _below_base(weights)
+
+    def _by_full_name(self, target: Any) -> Any:
+        if self._converter.layout.names == "hub" or _BASE not in target:
+            return target
+        return {".".join((_ROOT, *path[1:])): leaf for path, leaf in flatten(target)}
+
+
+def _below_base(weights: Weights) -> dict[str, Any]:
+    """Returns what tpu-inference's transport sees of MaxText's own model: its variables, under `base` for `model`."""
+    from flax import nnx  # MaxText's own dependency, not ours
+
+    paths: Any = {tuple(name.split(".")): nnx.Param(leaf) for name, leaf in weights.items()}
+    return {_BASE: nnx.State.from_flat_path(paths)[_ROOT]}
 
 
 def install(engine: Any, converter: BaseConverter, mesh: Mesh) -> WeightConverter:
