@@ -13,6 +13,7 @@ from portax.checkpoints.atomic_dir import atomic_dir, check_space, refuse_existi
 from portax.checkpoints.orbax_writer import ITEM, NewArray, Stores, chunk_shape, write_checkpoint
 from portax.converters.base import BaseConverter
 from portax.execution.inverse import Restoration
+from portax.trainer.flatten import Leaf
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,7 +51,7 @@ class Import(Report):
 
 def import_checkpoint(
     converter: BaseConverter,
-    weights: Mapping[str, Any],
+    weights: Mapping[str, Leaf],
     folder: str | os.PathLike,
     *,
     scanned: bool = True,

@@ -1,7 +1,7 @@
 """`HubConfig`: the `config.json` of a model on the Hugging Face hub, as a model family reads it."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 DENSE = {
     "num_decoder_layers": "num_hidden_layers",
@@ -18,7 +18,7 @@ EXPERTS = {"num_experts": "num_experts", "moe_mlp_dim": "moe_intermediate_size"}
 """The names that most of the hub's mixtures of experts have for theirs."""
 
 
-def is_hub_config(source: Any) -> bool:
+def is_hub_config(source: object) -> TypeGuard[Mapping[str, Any]]:
     """Tells a hub's `config.json` from a trainer's configuration, by its content: True if it has a `model_type`.
 
     Example:

@@ -7,13 +7,16 @@ import os
 import pathlib
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from portax.config import axes
 from portax.errors import ConfigError
 
 _Config = TypeVar("_Config", bound="ModelConfig")
 _ABSENT = object()
+
+ConfigSource: TypeAlias = object
+"""A configuration in any form: `ModelConfig`, MaxText config object, mapping, or path of a YAML or JSON file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +104,7 @@ class ModelConfig:
             raise ConfigError(_message(problems))
 
     @classmethod
-    def of(cls: type[_Config], source: Any) -> _Config:
+    def of(cls: type[_Config], source: ConfigSource) -> _Config:
         """Reads a trainer's configuration from any of the forms it comes in.
 
         Args:
@@ -253,7 +256,7 @@ def _message(problems: list[str]) -> str:
     return "not a usable model configuration:\n" + "\n".join(f"  {problem}" for problem in problems)
 
 
-def reader(source: Any) -> Callable[[str], Any]:
+def reader(source: ConfigSource) -> Callable[[str], Any]:
     """Returns a function that reads a trainer's configuration by MaxText's keys, also keys that `ModelConfig` lacks.
 
     The function returns None for a key that is absent.
@@ -282,7 +285,7 @@ def _attribute(source: Any, name: str) -> Any:
         return _ABSENT
 
 
-def load(source: Any) -> Any:
+def load(source: ConfigSource) -> Any:
     """Reads a configuration file, given its path; returns anything else as it is.
 
     Args:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from portax.config.hub import DENSE
-from portax.config.model_config import ModelConfig, reader
+from portax.config.model_config import ConfigSource, ModelConfig, reader
 from portax.errors import ConfigError
 
 SILU, GELU = ["silu", "linear"], ["gelu", "linear"]
@@ -28,7 +28,7 @@ class TrainerConfig:
         (1000000, None, ['num_experts_per_tok: missing'])
     """
 
-    def __init__(self, source: Any, config: ModelConfig):
+    def __init__(self, source: ConfigSource, config: ModelConfig):
         """Makes a reader.
 
         Args:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Shaped
 
 from portax.config.hub import DENSE, HubConfig, is_hub_config
-from portax.config.model_config import ModelConfig, load
+from portax.config.model_config import ConfigSource, ModelConfig, load
 from portax.config.to_hub import TrainerConfig
 from portax.converters.structure import TrainerNames
 from portax.errors import ConfigError, LayoutError
@@ -25,7 +25,7 @@ from portax.planning.plan import Plan
 from portax.planning.planner import make_plan
 from portax.planning.trace import Hooks, refusing_values
 from portax.trainer import param_tree, scan
-from portax.trainer.flatten import flatten, unbox
+from portax.trainer.flatten import Leaf, flatten, unbox
 from portax.trainer.layer_params import Axes, LayerParams
 from portax.trainer.param_tree import Params, ParamTree
 from portax.weights.blocks import Blocks
@@ -80,7 +80,7 @@ class BaseConverter(abc.ABC):
 
     def __init__(
         self,
-        config: Any,
+        config: ConfigSource,
         mesh: Mesh | None = None,
         *,
         layout: Layout | None = None,
@@ -198,11 +198,11 @@ class BaseConverter(abc.ABC):
         raise ConfigError(f"no config.json is derived for decoder_block={trainer.config.decoder_block!r}")
 
     @classmethod
-    def read_config(cls, source: Any) -> ModelConfig:
+    def read_config(cls, source: ConfigSource) -> ModelConfig:
         """Returns the configuration of a model of this family.
 
         Args:
-            source: Anything that `ModelConfig.of` reads, or a hub `config.json`, as a mapping or a path.
+            source: ConfigSourcething that `ModelConfig.of` reads, or a hub `config.json`, as a mapping or a path.
 
         Raises:
             ConfigError: Fields are missing, of the wrong kind, or contradict each other, or it is of another family.
@@ -220,7 +220,7 @@ class BaseConverter(abc.ABC):
 
     @in_own_context
     def plan(
-        self, params: Params, target: Mapping[str, Any] | None = None, *, strict_dtype: bool | None = None
+        self, params: Params, target: Mapping[str, Leaf] | None = None, *, strict_dtype: bool | None = None
     ) -> Plan:
         """Plans a conversion: every leaf that `convert` would write, and its sources. Reads no weight.
 
@@ -257,7 +257,7 @@ class BaseConverter(abc.ABC):
         return tree
 
     @in_own_context
-    def plan_into(self, target: Mapping[str, Any]) -> Plan:
+    def plan_into(self, target: Mapping[str, Leaf]) -> Plan:
         """Plans a sync into a live engine without a trainer's tree: the configuration implies one.
 
         Args:
@@ -314,7 +314,7 @@ class BaseConverter(abc.ABC):
         return self._buckets(params, byte_count("bucket_bytes", bucket_bytes), None, only)
 
     @in_own_context
-    def restore(self, weights: Mapping[str, Any], *, scanned: bool = True, dtype: Any = None) -> dict[str, np.ndarray]:
+    def restore(self, weights: Mapping[str, Leaf], *, scanned: bool = True, dtype: Any = None) -> dict[str, np.ndarray]:
         """Restores the trainer's tree from converted weights, such as a hub checkpoint.
 
         Args:
@@ -339,7 +339,7 @@ class BaseConverter(abc.ABC):
         return self.restoration(weights, scanned=scanned, dtype=dtype).tree()
 
     @in_own_context
-    def restoration(self, weights: Mapping[str, Any], *, scanned: bool = True, dtype: Any = None) -> Restoration:
+    def restoration(self, weights: Mapping[str, Leaf], *, scanned: bool = True, dtype: Any = None) -> Restoration:
         """Plans a restoration, to run layer by layer, as `import_checkpoint` does.
 
         Args:

@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from portax.config.hub import HubConfig, is_hub_config
-from portax.config.model_config import ModelConfig, load, reader
+from portax.config.model_config import ConfigSource, ModelConfig, load, reader
 from portax.config.to_hub import TrainerConfig
 from portax.converters.base import BaseConverter
 from portax.converters.gemma3 import Gemma3Converter
@@ -39,7 +39,7 @@ _OWN: tuple[type[BaseConverter], ...] = (
 
 
 def converter_for(
-    config: Any,
+    config: ConfigSource,
     *,
     layout: Layout | None = None,
     mesh: Mesh | None = None,
@@ -80,7 +80,7 @@ def converter_for(
     return _family(config.decoder_block)(config, mesh, **options)
 
 
-def read_config(source: Any) -> ModelConfig:
+def read_config(source: ConfigSource) -> ModelConfig:
     """Reads a model's configuration, whichever family it is of.
 
     Args:
@@ -107,7 +107,7 @@ def read_config(source: Any) -> ModelConfig:
     return ModelConfig.of(source) if family is None else family.read_config(source)
 
 
-def derive_hub_config(source: Any) -> dict[str, Any]:
+def derive_hub_config(source: ConfigSource) -> dict[str, Any]:
     """Returns the hub's `config.json` of a model, from its trainer's configuration.
 
     Nothing on which results depend is guessed or takes a default: the configuration says it, or the family leaves no
@@ -133,7 +133,7 @@ def derive_hub_config(source: Any) -> dict[str, Any]:
     return trainer.finish(_family(config.decoder_block).to_hub(trainer))
 
 
-def _decoder_block(source: Any) -> str:
+def _decoder_block(source: ConfigSource) -> str:
     block = reader(source)("decoder_block")
     return getattr(block, "value", block)
 
