@@ -121,9 +121,8 @@ def export(
             consume_behind(parts, lambda bucket: writer.write(jax.device_get(bucket)))
         write_text(unfinished / INDEX, index(shards))
         if hub_config is not None:
-            write_text(
-                unfinished / "config.json", json.dumps(config_json.with_dtype(hub_config, plan), indent=2) + "\n"
-            )
+            told = config_json.with_dtype(hub_config, plan)
+            write_text(unfinished / "config.json", json.dumps(told, indent=2) + "\n")
     seconds = time.perf_counter() - start
     resumed = len(shards) - len(todo)
     return Export(str(folder), len(plan.entries), len(shards), resumed, plan.bytes_out, seconds, plan.left)

@@ -119,6 +119,9 @@ class Plan(Report):
                 "\n".join(fold(source for entry in entries for source in entry.sources)),
                 size(sum(entry.nbytes for entry in entries)),
             )
+        return Group(table, text_lines(self._totals()))
+
+    def _totals(self) -> list[str]:
         lines = [
             f"layout        {self.layout}",
             *([f"exact         {self.definition}"] if self.definition else []),
@@ -131,16 +134,13 @@ class Plan(Report):
         if self.ignored:
             lines.append(f"ignored       {plural(len(self.ignored), 'variable')} of the trainer, no parameters")
         if self.left:
-            left = plural(len(self.left), "leaf", "leaves")
-            lines.append(f"left out      {left} of the trainer: {', '.join(fold(self.left))}")
+            lines.append(f"left out      {_counted(self.left)} of the trainer: {', '.join(fold(self.left))}")
         if self.padded:
-            padded = plural(len(self.padded), "leaf", "leaves")
-            lines.append(
-                f"padding       of {padded}, cut off once it is found to be zero: {', '.join(fold(self.padded))}"
-            )
+            zero = "cut off once it is found to be zero"
+            lines.append(f"padding       of {_counted(self.padded)}, {zero}: {', '.join(fold(self.padded))}")
         if self.engine_owned:
             lines.append("engine-owned  " + ", ".join(fold(self.engine_owned)))
-        return Group(table, text_lines(lines))
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all of the plan as values for JSON."""
@@ -159,6 +159,10 @@ class Plan(Report):
         totals = {"bytes_in": self.bytes_in, "bytes_out": self.bytes_out, "peak_bytes": self.peak_bytes}
         lists = {"ignored": self.ignored, "engine_owned": self.engine_owned, "left": self.left, "padded": self.padded}
         return {"layout": self.layout, "definition": self.definition, **totals, **lists, "entries": entries}
+
+
+def _counted(leaves: tuple[str, ...]) -> str:
+    return plural(len(leaves), "leaf", "leaves")
 
 
 def axes_of(cut: str | tuple[str, ...] | None) -> tuple[str, ...]:
