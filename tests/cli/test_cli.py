@@ -296,7 +296,8 @@ def test_every_command_can_be_interrupted(args, kept, capsys, monkeypatch):
 
 
 def test_a_signal_ends_a_command_with_one_line():
-    code = "import portax.cli.models as m, os, signal; m.families = lambda: os.kill(os.getpid(), signal.SIGINT)"
+    code = "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background job ignores it
+    code += "; import portax.cli.models as m; m.families = lambda: os.kill(os.getpid(), signal.SIGINT)"
     code += "; from portax.cli.main import run; import sys; sys.argv = ['portax', 'models']; run()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (130, "")
