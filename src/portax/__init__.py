@@ -15,12 +15,16 @@ from portax.checkpoints.maxtext_import import import_checkpoint
 from portax.checkpoints.reading import Checkpoint, open_checkpoint
 from portax.config.model_config import ModelConfig
 from portax.converters import (  # noqa: F401 - a family is found by its name: portax.Qwen3Converter
+    Gemma2Converter,
     Gemma3Converter,
     Gemma4Converter,
     Gemma4SmallConverter,
     GptOssConverter,
     LlamaConverter,
     MaxTextConverter,
+    MistralConverter,
+    MixtralConverter,
+    Olmo3Converter,
     Qwen2Converter,
     Qwen3_5Converter,
     Qwen3Converter,

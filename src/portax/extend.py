@@ -15,6 +15,7 @@ from portax.layouts import Layout, NativeModel, Tensor
 from portax.trainer.layer_params import LayerParams
 from portax.trainer.scan import LayerSlice, LayerTypes, ScanPattern
 from portax.weights import blocks, kernels
+from portax.weights.parts import part_name
 from portax.weights.scale_shift import ScaleShift
 
 __all__ = [
@@ -39,5 +40,6 @@ __all__ = [
     "blocks",
     "hub",
     "kernels",
+    "part_name",
     "to_hub",
 ]

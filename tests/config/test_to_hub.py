@@ -16,6 +16,7 @@ UNSAID = {  # what the goldens do not record of MaxText's config, or it does not
     "gemma4-e2b.unscan": {"global_rope_proportion": 0.25, "inhomogeneous_layer_cycle_interval": 5},
     "gemma4-e4b.unscan": {"global_rope_proportion": 0.25, "inhomogeneous_layer_cycle_interval": 6},
     **{name: {"global_rope_proportion": 0.25} for name in TREES if name.startswith("gemma4")},
+    "olmo3-7b.scan": YARN | {"rope_factor": 8, "rope_truncate": True, "rope_attention_scaling": True},
     "gpt-oss-20b.scan": YARN | {"rope_factor": 32, "rope_truncate": False, "rope_attention_scaling": True},
 }
 TEXT_ONLY = {"Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM"}

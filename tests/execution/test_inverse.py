@@ -17,7 +17,13 @@ def bare(params):
     return {path.removeprefix("base/"): np.asarray(leaf) for path, leaf in params.items()}
 
 
-CHANGED = {"gemma": "token_embedder", "llama": "query"}  # what a conversion scales
+CHANGED = {
+    "gemma": "token_embedder",
+    "llama": "query",
+    "mistral": "query",
+    "mixtral": "query",
+    "gemma2": "query",
+}  # what a conversion scales
 CYCLES = {"gemma4-e2b.unscan": 5, "gemma4-e4b.unscan": 6}
 
 

@@ -68,6 +68,7 @@ def check(hub_config: Mapping[str, Any], converter: BaseConverter, plan: Plan) -
             f"the hub config is of another model: of the family {read_off.decoder_block}, and the weights are of "
             f"{converter.config.decoder_block}"
         )
+    _check_rope(read_off.rope_type, converter.config.rope_type)
     config = dataclasses.replace(read_off, rope_type=converter.config.rope_type)  # the trainer's own affair
     hub = type(converter)(config, layout=converter.layout, module_prefix=converter.module_prefix)
     expected = {entry.name: entry.shape for entry in hub.plan(hub.expected_tree(scanned=False)).entries}
@@ -77,6 +78,15 @@ def check(hub_config: Mapping[str, Any], converter: BaseConverter, plan: Plan) -
         raise ConfigError(
             f"the hub config is of another model: {plural(len(odd), 'tensor differs', 'tensors differ')}, such as "
             f"{odd[0]}, for which it has {has[0]} and the plan {has[1]}"
+        )
+
+
+def _check_rope(hub: str, trainer: str) -> None:
+    """Of a Llama, unscaled frequencies also tell the order of rotary pairs."""
+    if hub and trainer and hub != trainer and "default" in (hub, trainer):
+        raise ConfigError(
+            f"the hub config is of another model: by its rotary frequencies rope_type is {hub!r}, and the trainer's "
+            f"config says {trainer!r}"
         )
 
 

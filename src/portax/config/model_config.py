@@ -42,7 +42,8 @@ class ModelConfig:
         routed_bias: True if routers have a bias.
         logits_via_embedding: True if the output projection is the embedding table (tied embeddings).
         attention_bias: True if the query, key and value projections have biases.
-        rope_type: `llama3.1` where a head's rotary pairs are interleaved.
+        rope_type: Kind of rotary frequencies; of a Llama also the order of a head's rotary pairs, which `llama3.1`
+            keeps interleaved. Empty where the config leaves that open.
         inhomogeneous_layer_cycle_interval: Layers after which the kinds of layer repeat; 1 where the config does not
             tell, as MaxText's Gemma configs do not.
         global_head_dim: Width of one head in global-attention layers; 0 if it is `head_dim`.
@@ -81,7 +82,7 @@ class ModelConfig:
     routed_bias: bool = False
     logits_via_embedding: bool = False
     attention_bias: bool = False
-    rope_type: str = "default"
+    rope_type: str = ""
     inhomogeneous_layer_cycle_interval: int = 1
     global_head_dim: int = 0
     global_num_kv_heads: int = 0
@@ -190,6 +191,11 @@ def _field(field: dataclasses.Field, kind: Any) -> _Field:
     return _Field(kind, field.default is dataclasses.MISSING, 0 if may_be_zero else 1)
 
 
+_ROTATED_BY_NAME = ("llama3.1", "llama3.3")
+"""Names under which MaxText 0.2.5 does not go by the default `rope_type`, which its config then has all the same: it
+rotates (layers/attentions.py) or imports (checkpoint_conversion) them as `llama3.1`. No result depends on a name: the
+config is taken to leave open what it does not say."""
+
 _BASED = ("num_decoder_layers", "emb_dim", "num_query_heads", "num_kv_heads", "mlp_dim", "moe_mlp_dim")  # base_* keys
 
 
@@ -209,6 +215,8 @@ def _from_maxtext(of: type[ModelConfig], get: Callable[[str], Any]) -> tuple[dic
                 problems.append(f"{name}: missing (MaxText's key is {'base_' * (name in _BASED)}{name})")
             continue
         values[name] = value.value if isinstance(value, enum.Enum) else value
+    if values.get("rope_type") == "default" and str(get("model_name")).startswith(_ROTATED_BY_NAME):
+        del values["rope_type"]
     return values, problems
 
 

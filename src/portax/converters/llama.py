@@ -1,12 +1,12 @@
-"""Llama 3.1."""
+"""Llama 2, 3.0 and 3.1."""
 
 import dataclasses
 import math
 from typing import Any
 
 from portax.config.hub import DENSE, HubConfig
-from portax.config.to_hub import TrainerConfig
-from portax.converters.decoder import PlainDecoder
+from portax.config.to_hub import UNSCALED_ROPE, TrainerConfig
+from portax.converters.decoder import Attention, PlainDecoder
 from portax.errors import ConfigError
 from portax.layouts import NativeModel
 from portax.trainer.layer_params import LayerParams
@@ -25,10 +25,10 @@ _SCALING = {
 
 
 class LlamaConverter(PlainDecoder):
-    """Llama 3.1 8B, 70B and 405B, as MaxText 0.2.5 holds them.
+    """Llama 2, 3.0 and 3.1, and 3.3 where the config says that it is as 3.1, as MaxText 0.2.5 holds them.
 
-    MaxText's queries are the hub's divided by sqrt(head_dim), and the rotary pairs of a query or key head are
-    interleaved, where the hub has them in halves.
+    MaxText's queries are the hub's divided by sqrt(head_dim). The rotary pairs of a query or key head are in halves, as
+    on the hub, or interleaved (Llama 3.1): `rope_type` says which.
     """
 
     decoder_blocks = ("llama2",)
@@ -52,29 +52,30 @@ class LlamaConverter(PlainDecoder):
     def attention(self, layer: LayerParams) -> Blocks:
         """Grouped-query attention, with the hub's order of rotary pairs."""
         read = self.read_attention(layer, "self_attention")
-        query, key = kernels.deinterleave(read.query), kernels.deinterleave(read.key)
-        return self.attention_blocks(dataclasses.replace(read, query=query, key=key))
+        return self.attention_blocks(_in_halves(read) if self.config.rope_type == "llama3.1" else read)
 
     def check_config(self) -> None:
         """Refuses a config that leaves the order of rotary pairs open, and biases."""
         if self.config.rope_type == "llama3":
             raise ConfigError(
-                "rope_type='llama3': rotary frequencies that are not scaled as Llama 3.1's, the only Llama that has a "
-                f"converter: the hub's have {_SCALING}, and MaxText's config says rope_type: llama3.1"
+                "rope_type='llama3': rotary frequencies that are not scaled as Llama 3.1's, the only scaled ones of a "
+                f"Llama in MaxText: the hub's have {_SCALING}, and MaxText's config says rope_type: llama3.1"
             )
-        if self.config.rope_type != "llama3.1":
+        if self.config.rope_type not in ("default", "llama3.1"):
             raise ConfigError(
-                f"rope_type={self.config.rope_type!r} leaves open in which order decoder_block='llama2' keeps a head's "
-                "rotary pairs: Llama 2 and 3.0 in halves, Llama 3.1 interleaved; MaxText tells them apart by the "
-                "model's name, which portax never reads. If it is Llama 3.1, set rope_type: llama3.1 in the trainer's "
-                "config, which changes nothing for MaxText's llama3.1-* models; the others have no converter"
+                f"rope_type={self.config.rope_type or 'default'!r} leaves open in which order decoder_block='llama2' "
+                "keeps a head's rotary pairs: Llama 2 and 3.0 in halves, Llama 3.1 interleaved. Where the config does "
+                "not say it, or is of a llama3.1-* or llama3.3-* that has no more than the default, MaxText tells them "
+                "apart by the model's name, which portax never goes by. If it is Llama 3.1, or 3.3 trained as that, "
+                "set rope_type: llama3.1 in the trainer's config, which changes nothing for MaxText's llama3.1-* "
+                "models; if it is Llama 2 or 3.0, say rope_type: default"
             )
         if self.config.attention_bias:
-            raise ConfigError("attention_bias=True: no Llama 3.1 has biases on queries, keys and values")
+            raise ConfigError("attention_bias=True: no Llama has biases on queries, keys and values")
 
     @classmethod
     def from_hub(cls, hub: HubConfig) -> dict[str, Any]:
-        """Returns a dense model's fields; only Llama 3.1's scaled frequencies say that it is Llama 3.1."""
+        """Returns a dense model's fields; how frequencies are scaled tells the kind of Llama."""
         scaling = {name: hub.rope.get(name) for name in _SCALING}
         rope_type = "llama3.1" if scaling == _SCALING else scaling["rope_type"] or "default"
         return super().from_hub(hub) | {"rope_type": rope_type, "attention_bias": hub.get("attention_bias", False)}
@@ -82,7 +83,15 @@ class LlamaConverter(PlainDecoder):
     @classmethod
     def to_hub(cls, trainer: TrainerConfig) -> dict[str, Any]:
         """Returns the hub `config.json`."""
-        trainer.same(attention_bias=(False,), rope_use_scale=(True,), partial_rotary_factor=(1,))
-        trainer.same(rope_type=("llama3.1",))
+        trainer.same(attention_bias=(False,), partial_rotary_factor=(1,))
+        if trainer.config.rope_type != "llama3.1":
+            trainer.same(**UNSCALED_ROPE)
+            return trainer.plain("llama", "LlamaForCausalLM") | {"attention_bias": False}
+        trainer.same(rope_type=("llama3.1",), rope_use_scale=(True,))
         found = trainer.plain("llama", "LlamaForCausalLM", DENSE, **_SCALING)
         return found | {"rope_scaling": _SCALING, "max_position_embeddings": 131072, "attention_bias": False}
+
+
+def _in_halves(read: Attention) -> Attention:
+    query, key = kernels.deinterleave(read.query), kernels.deinterleave(read.key)
+    return dataclasses.replace(read, query=query, key=key)

@@ -10,12 +10,16 @@ from portax.config.hub import HubConfig, is_hub_config
 from portax.config.model_config import ConfigSource, ModelConfig, load, reader
 from portax.config.to_hub import TrainerConfig
 from portax.converters.base import BaseConverter
+from portax.converters.gemma2 import Gemma2Converter
 from portax.converters.gemma3 import Gemma3Converter
 from portax.converters.gemma4 import Gemma4Converter
 from portax.converters.gemma4_small import Gemma4SmallConverter
 from portax.converters.gpt_oss import GptOssConverter
 from portax.converters.llama import LlamaConverter
 from portax.converters.maxtext import MaxTextConverter
+from portax.converters.mistral import MistralConverter
+from portax.converters.mixtral import MixtralConverter
+from portax.converters.olmo3 import Olmo3Converter
 from portax.converters.qwen2 import Qwen2Converter
 from portax.converters.qwen3 import Qwen3Converter
 from portax.converters.qwen3_5 import Qwen3_5Converter
@@ -31,6 +35,10 @@ _OWN: tuple[type[BaseConverter], ...] = (
     Qwen3NextConverter,
     Qwen3_5Converter,
     LlamaConverter,
+    MistralConverter,
+    MixtralConverter,
+    Olmo3Converter,
+    Gemma2Converter,
     Gemma3Converter,
     Gemma4Converter,
     Gemma4SmallConverter,

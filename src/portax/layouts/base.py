@@ -16,6 +16,7 @@ from jaxtyping import Array, Shaped
 from portax.errors import LayoutError
 from portax.layouts.native_model import NativeModel
 from portax.weights import bits, blocks, kernels
+from portax.weights.parts import in_hub_layer
 
 _Block = TypeVar("_Block", bound=blocks.Block)
 
@@ -102,7 +103,8 @@ class Layout(abc.ABC):
             module_prefix: As for `path`.
         """
         del unscanned
-        return self.path(tensor, layer=layer, module_prefix=module_prefix)
+        name, layer = in_hub_layer(tensor.name, layer)
+        return self.path(dataclasses.replace(tensor, name=name), layer=layer, module_prefix=module_prefix)
 
     def for_architecture(self, architecture: str | None, native: NativeModel | None = None) -> "Layout":
         """Returns the layout for one model class, for an engine with several; by default this one.

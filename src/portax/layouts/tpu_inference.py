@@ -41,6 +41,7 @@ _Experts: TypeAlias = tuple[Shaped[Array, "..."], Shaped[Array, "..."], _Cut, _C
 
 _ENGINE_OWNED = re.compile(
     r"\.attn\._[kqv]_scale$|\.attn\._prob_scale$|\.rotary_emb\.cos_sin_cache$|\.cos_sin_cache$|\.normalizer$"
+    r"|\.rotary_emb\.(full|sliding)_attention_(original_)?inv_freq$"
     r"|\.root_size$|\.embed_scale_per_layer$|\.per_layer_input_scale$|\.per_layer_projection_scale$"
     rf"|\.{OTHER_MODALITIES}"
 )
