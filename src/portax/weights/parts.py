@@ -14,7 +14,7 @@ def part_name(part: int, of: int, name: str) -> str:
         name: Module name, relative to the layer of the hub.
 
     Example:
-        >>> parts.part_name(1, 2, "self_attn")
+        >>> part_name(1, 2, "self_attn")
         '1/2:self_attn'
     """
     return f"{part}/{of}:{name}"
@@ -28,7 +28,7 @@ def in_hub_layer(name: str, layer: int | None) -> tuple[str, int | None]:
         layer: Number of the trainer's layer; None outside the layers.
 
     Example:
-        >>> parts.in_hub_layer("1/2:self_attn.o_proj.weight", 3), parts.in_hub_layer("norm.weight", None)
+        >>> in_hub_layer("1/2:self_attn.o_proj.weight", 3), in_hub_layer("norm.weight", None)
         (('self_attn.o_proj.weight', 7), ('norm.weight', None))
     """
     found = _PART.fullmatch(name)
