@@ -133,16 +133,20 @@ class _Inverse:
             tensor = np.asarray(weights[entry.name][...]).astype(types[entry.name], copy=False)
             bits.append(tensor.view(_BITS[tensor.dtype.itemsize]).astype(np.uint32))
         leaves = {}
-        for path, leaf in self._backward(bits).items():
+        for path, leaf in self._on_host(bits).items():
             dtype = types[layer.path(path)]
-            leaf = np.asarray(leaf).astype(_BITS[dtype.itemsize]).view(dtype)
+            leaf = leaf.astype(_BITS[dtype.itemsize]).view(dtype)
             leaves[layer.path(path)] = self._scale_shifts[path].inverse(leaf) if path in self._scale_shifts else leaf
         return leaves
 
+    def _on_host(self, bits: list[np.ndarray]) -> dict[str, np.ndarray]:
+        with jax.transfer_guard("allow"):  # host arrays go in and come out, also where a trainer forbids transfers
+            return {path: np.asarray(leaf) for path, leaf in self._backward(bits).items()}
+
     def _check_once(self, group: LayerGroup) -> None:
         """Raises a `LayoutError` unless every element of every leaf is held exactly once."""
-        counts = self._backward([np.ones(shape.shape, np.uint32) for shape in self._shapes])
-        wrong = [group.names(path) for path, count in counts.items() if not (np.asarray(count) == 1).all()]
+        counts = self._on_host([np.ones(shape.shape, np.uint32) for shape in self._shapes])
+        wrong = [group.names(path) for path, count in counts.items() if not (count == 1).all()]
         if wrong:
             raise LayoutError(
                 f"{', '.join(wrong)}: this layout holds some elements several times, or not at all, so the tree cannot "

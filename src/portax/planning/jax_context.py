@@ -29,6 +29,7 @@ def own_context() -> Iterator[None]:
         stack.enter_context(jax.disable_jit(False))
         stack.enter_context(jax.debug_nans(False))
         stack.enter_context(jax.debug_infs(False))
+        stack.enter_context(jax.check_tracer_leaks(False))
         stack.enter_context(jax.numpy_dtype_promotion("standard"))
         stack.enter_context(jax.numpy_rank_promotion("allow"))
         stack.enter_context(jax.default_device(None))

@@ -15,6 +15,7 @@ from rich.table import Table
 from portax._text.names import fold
 from portax._text.tables import new_table
 from portax.converters.base import BaseConverter
+from portax.planning.jax_context import each_in_own_context
 from portax.sync.engine_state import EngineLeaves, EngineState
 from portax.sync.fingerprint import fingerprints, places
 from portax.sync.weight_sync import WeightSync
@@ -50,6 +51,10 @@ def examine(converter: BaseConverter, engine_state: EngineLeaves, params: Params
     Raises:
         PlanError: The engine holds other leaves than the converter makes.
     """
+    return each_in_own_context(_examined(converter, engine_state, params, **options))
+
+
+def _examined(converter: BaseConverter, engine_state: EngineLeaves, params: Params, **options: Any) -> Iterator[Check]:
     sync = WeightSync(converter, engine_state, **options)
     engine = EngineState(engine_state)
     written = {entry.name for entry in converter.plan(params).entries}
@@ -92,7 +97,8 @@ def table(checks: Sequence[Check], *, title: str) -> Table:
 
 
 def _scrambled(leaf: Shaped[Array, "..."], seed: int) -> Shaped[Array, "..."]:
-    return _noise(leaf.shape, leaf.dtype, leaf.sharding)(seed)
+    with jax.transfer_guard_host_to_device("allow"):  # a number, also where a trainer forbids transfers
+        return _noise(leaf.shape, leaf.dtype, leaf.sharding)(seed)
 
 
 @functools.cache
