@@ -4,10 +4,9 @@ A family is one class in one file, a subclass of `PlainDecoder` or of `BaseConve
 is a subclass of `Layout`; see docs/add-an-engine.md.
 """
 
-from portax.config import hub, to_hub
-from portax.config.hub import HubConfig
+from portax.config.hub import DENSE, EXPERTS, HubConfig
 from portax.config.model_config import ModelConfig
-from portax.config.to_hub import TrainerConfig
+from portax.config.to_hub import GELU, SILU, UNSCALED_ROPE, WHOLE_ROPE, TrainerConfig
 from portax.converters.base import BaseConverter, Blocks
 from portax.converters.decoder import Attention, AttentionAxes, PlainDecoder
 from portax.errors import ConfigError, LayoutError
@@ -19,6 +18,12 @@ from portax.weights.parts import part_name
 from portax.weights.scale_shift import ScaleShift
 
 __all__ = [
+    "DENSE",
+    "EXPERTS",
+    "GELU",
+    "SILU",
+    "UNSCALED_ROPE",
+    "WHOLE_ROPE",
     "Attention",
     "AttentionAxes",
     "BaseConverter",
@@ -38,8 +43,6 @@ __all__ = [
     "Tensor",
     "TrainerConfig",
     "blocks",
-    "hub",
     "kernels",
     "part_name",
-    "to_hub",
 ]

@@ -195,6 +195,42 @@ def test_a_missing_leaf_and_one_left_over_are_named(hub, tree):
     assert "base/decoder/layers/MoeBlock_0/wi_2" in named
 
 
+@pytest.fixture
+def with_caches(hub):
+    """The family, of an engine that holds rotary caches of its own."""
+
+    class WithCaches(type(hub)):
+        engine_owned = ("*.rotary_emb.long_inv_freq",)
+
+    return WithCaches
+
+
+def test_tensors_that_its_engine_fills_itself_are_no_weights_of_a_checkpoint(with_caches, hub, tree):
+    family = with_caches(tree.config, layout=portax.layouts.HuggingFace())
+    params = tree.fill()
+    cache = "model.layers.0.self_attn.rotary_emb.long_inv_freq"
+    weights = family.convert(params) | {cache: np.ones(4, np.float32)}
+    assert family.restore(weights).keys() == family.expected_tree().keys()
+    assert portax.diff(params, weights, converter=family).beside[cache] == "no weight of the language model"
+    with pytest.raises(portax.PlanError, match=r"long_inv_freq.*a tensor that no leaf needs"):
+        hub.restore(weights)
+
+
+def test_leaves_that_its_engine_fills_itself_are_left_alone(with_caches, tree):
+    def planned(family, name):
+        converter = family(tree.config, layout=portax.layouts.TpuInference(version="0.32", tp=1))
+        engine = {entry.name: entry for entry in converter.plan(tree.shapes).entries}
+        like = {name: jax.ShapeDtypeStruct(entry.shape, entry.dtype) for name, entry in engine.items()}
+        return converter.plan(tree.shapes, like | {name: jax.ShapeDtypeStruct((4,), np.float32)})
+
+    cache = "vllm_model.model.layers.0.self_attn.rotary_emb.long_inv_freq"
+    assert planned(with_caches, cache).engine_owned == (cache,)
+    with pytest.raises(portax.PlanError, match=r"long_inv_freq.*a leaf of the engine that nothing writes"):
+        planned(with_caches.__base__, cache)
+    with pytest.raises(portax.PlanError, match=r"short_inv_freq"):
+        planned(with_caches, cache.replace("long", "short"))
+
+
 def test_the_engines_mesh_places_its_leaves(tree):
     golden = Golden.load(GOLDEN / SCANNED / "tpu-inference-0.32.0.tp4.json")
     on = engine_mesh(4)

@@ -13,7 +13,6 @@ from portax.analysis.diff_report import Diff, LeafDiff, described
 from portax.checkpoints.reading import Checkpoint
 from portax.converters.base import BaseConverter
 from portax.errors import CheckpointError
-from portax.layouts import Layout
 from portax.trainer import param_tree
 from portax.trainer.flatten import split
 from portax.trainer.param_tree import Params
@@ -90,7 +89,7 @@ def diff(
         total = sum(one.specs[path].size * one.specs[path].dtype.itemsize for path in alike)
         for path, x, y in _pairs(one, two, alike):
             found[path] = compare(x, y, piece_bytes=piece_bytes, progress=lambda done: progress(done, total))
-    beside = dict(_beside(one, two, converter.layout, piece_bytes if values else None)) if converter else {}
+    beside = dict(_beside(one, two, converter, piece_bytes if values else None)) if converter else {}
     paths = dict.fromkeys((*one.specs, *two.specs))
     names = {**two.names, **one.names}
     rows = [LeafDiff(names[path], one.specs.get(path), two.specs.get(path), found.get(path)) for path in paths]
@@ -157,13 +156,13 @@ def _pairs(a: _Side, b: _Side, paths: Collection[str]) -> Iterator[tuple[str, An
             yield from ((path, bucket[path], other) for path, other in others.items())
 
 
-def _beside(one: _Side, two: _Side, layout: Layout, piece_bytes: int | None) -> Iterator[tuple[str, str]]:
+def _beside(one: _Side, two: _Side, converter: BaseConverter, piece_bytes: int | None) -> Iterator[tuple[str, str]]:
     """Returns leaves that a converted side need not have, each with the reason."""
     for mine, other in ((one, two), (two, one)):
         if not mine.converted or other.converted:
             continue
         for path in other.specs.keys() - mine.specs.keys():
-            if layout.is_engine_owned(other.names[path]):
+            if converter.is_engine_owned(other.names[path]):
                 yield other.names[path], "no weight of the language model"
             elif piece_bytes and (same := _repeated(path, mine.outside, other, piece_bytes)):
                 yield other.names[path], f"repeats {same}"

@@ -22,7 +22,7 @@ def is_hub_config(source: object) -> TypeGuard[Mapping[str, Any]]:
     """Tells a hub's `config.json` from a trainer's configuration, by its content: True if it has a `model_type`.
 
     Example:
-        >>> hub.is_hub_config({"model_type": "qwen3"}), hub.is_hub_config({"decoder_block": "qwen3"})
+        >>> is_hub_config({"model_type": "qwen3"}), is_hub_config({"decoder_block": "qwen3"})
         (True, False)
     """
     return isinstance(source, Mapping) and "model_type" in source

@@ -1,6 +1,7 @@
 """`BaseConverter`: the pipeline from a trainer's parameters to an engine's weights, and the hooks of a model family."""
 
 import abc
+import fnmatch
 import itertools
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -53,6 +54,8 @@ class BaseConverter(abc.ABC):
         default_module_prefix: The module around the language model in the engine's usual model class.
         engine_names: Names of vLLM's class that differ from the hub's: the start of each, `(hub's, vLLM's)`.
         scan_pattern: The way MaxText stacks the layers; None if it never does.
+        engine_owned: Patterns of `fnmatch` for the names of leaves that an engine of this family fills itself, such as
+            rotary caches, besides those that its layout knows.
         starts_with_bos: True if every prompt must begin with `<bos>`; without it the model generates nonsense.
         config: The model's configuration.
         layout: The engine's layout of weights.
@@ -75,6 +78,7 @@ class BaseConverter(abc.ABC):
     default_module_prefix: ClassVar[str] = ""
     engine_names: ClassVar[tuple[tuple[str, str], ...]] = ()
     scan_pattern: ClassVar[scan.ScanPattern | None] = scan.ScanPattern()
+    engine_owned: ClassVar[tuple[str, ...]] = ()
     starts_with_bos: ClassVar[bool] = False
     by_structure: ClassVar[bool] = False
 
@@ -165,6 +169,11 @@ class BaseConverter(abc.ABC):
     def native_model(self) -> NativeModel | None:
         """The way the engine's native JAX model of this class holds weights, for `FlaxNnx`; None if none was run."""
         return None
+
+    def is_engine_owned(self, name: str) -> bool:
+        """Tells whether the engine fills the leaf of this name itself, so that no trainer ever writes it."""
+        own = any(fnmatch.fnmatchcase(name, pattern) for pattern in self.engine_owned)
+        return own or self.layout.is_engine_owned(name)
 
     def check_config(self) -> None:  # noqa: B027
         """Raises a `ConfigError` if this family cannot convert the model. `required` fields are already set."""

@@ -70,6 +70,10 @@ class TrainerNames:
         self.family.layer_blocks(layer)
         return named_blocks(layer, layer.expected)
 
+    def is_engine_owned(self, name: str) -> bool:
+        """Tells whether the engine fills the leaf of this name itself, as the family and its layout say."""
+        return self.family.is_engine_owned(name)
+
 
 def named_blocks(params: LayerParams, paths: Iterable[str]) -> Blocks:
     """The leaves of a layer, or of the model outside its layers, under their own names.

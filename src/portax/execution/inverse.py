@@ -188,7 +188,7 @@ def _check(hooks: Hooks, plan: Plan, weights: Mapping[str, Any]) -> None:
             problems.append(Problem(name, f"dtype {dtype}", "float32, bfloat16 or float16", cause))
     outside = plan.entries[: plan.tensors_per_layer[0]]
     for name in weights:
-        if name not in expected and not hooks.layout.is_engine_owned(name) and not _repeats(name, outside, weights):
+        if name not in expected and not hooks.is_engine_owned(name) and not _repeats(name, outside, weights):
             cause = "the config describes another model (tied or untied, dense or MoE), or these are adapters"
             problems.append(Problem(name, "a tensor that no leaf needs", "only tensors of this model", cause))
     if problems:

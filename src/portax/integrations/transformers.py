@@ -108,7 +108,7 @@ def _dtype(plan: Plan) -> "torch.dtype":
 
 def _check(report: Mapping[str, Any], job: Job) -> tuple[str, ...]:
     """Refuses an incomplete model. Returns the leaves that no checkpoint of the language model fills."""
-    own = tuple(sorted(name for name in report["missing_keys"] if job.converter.layout.is_engine_owned(name)))
+    own = tuple(sorted(name for name in report["missing_keys"] if job.converter.is_engine_owned(name)))
     odd = {
         "without a tensor": sorted({*report["missing_keys"]} - {*own}),
         "tensors that it does not have": sorted(report["unexpected_keys"]),

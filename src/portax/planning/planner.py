@@ -55,7 +55,7 @@ def make_plan(
     problems += _entry_problems(entries, hooks.layout, strict_dtype)
     owned: tuple[str, ...] = ()
     if target is not None:
-        owned, target_problems = _against_target(entries, target, hooks.layout)
+        owned, target_problems = _against_target(entries, target, hooks)
         problems += target_problems
     plan = Plan(
         layout=repr(hooks.layout),
@@ -188,14 +188,14 @@ def _cut_problems(entry: Entry, layout: Layout) -> Iterable[Problem]:
 
 
 def _against_target(
-    entries: list[Entry], target: Mapping[str, Leaf], layout: Layout
+    entries: list[Entry], target: Mapping[str, Leaf], hooks: Hooks
 ) -> tuple[tuple[str, ...], list[Problem]]:
-    problems = _mesh_problems(target, layout)
+    problems = _mesh_problems(target, hooks.layout)
     planned = {entry.name: entry for entry in entries}
-    owned = tuple(name for name in target if name not in planned and layout.is_engine_owned(name))
+    owned = tuple(name for name in target if name not in planned and hooks.is_engine_owned(name))
     for name in target:
         if name not in planned and name not in owned:
-            cause = layout.cause_of_stranger(name) or _OTHER_ENGINE
+            cause = hooks.layout.cause_of_stranger(name) or _OTHER_ENGINE
             problems.append(Problem(name, "a leaf of the engine that nothing writes", "a source for it", cause))
     for name, entry in planned.items():
         if name not in target:

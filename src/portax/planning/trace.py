@@ -34,6 +34,9 @@ class Hooks(Protocol):
     def layer_blocks(self, layer: LayerParams) -> tuple[Block, ...]:
         """Returns the blocks of one layer."""
 
+    def is_engine_owned(self, name: str) -> bool:
+        """Tells whether the engine fills the leaf of this name itself."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HookTrace:

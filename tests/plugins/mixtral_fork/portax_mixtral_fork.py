@@ -4,6 +4,8 @@ import math
 from typing import Any
 
 from portax.extend import (
+    DENSE,
+    WHOLE_ROPE,
     Blocks,
     ConfigError,
     HubConfig,
@@ -12,11 +14,9 @@ from portax.extend import (
     ScaleShift,
     TrainerConfig,
     blocks,
-    hub,
-    to_hub,
 )
 
-SIZES = {name: key for name, key in hub.DENSE.items() if name != "mlp_dim"} | {
+SIZES = {name: key for name, key in DENSE.items() if name != "mlp_dim"} | {
     "num_experts": "num_local_experts",
     "moe_mlp_dim": "intermediate_size",
 }
@@ -57,14 +57,14 @@ class MixtralForkConverter(PlainDecoder):
             )
 
     @classmethod
-    def from_hub(cls, config: HubConfig) -> dict[str, Any]:
+    def from_hub(cls, hub: HubConfig) -> dict[str, Any]:
         """Returns the fields that a hub `config.json` tells."""
-        tied = config.get("tie_word_embeddings", False)
-        return {"decoder_block": "mixtral_fork", "logits_via_embedding": tied, **config.sizes(SIZES)}
+        tied = hub.get("tie_word_embeddings", False)
+        return {"decoder_block": "mixtral_fork", "logits_via_embedding": tied, **hub.sizes(SIZES)}
 
     @classmethod
     def to_hub(cls, trainer: TrainerConfig) -> dict[str, Any]:
         """Returns the hub `config.json`."""
-        trainer.same(**to_hub.WHOLE_ROPE, attention_bias=(False,), shared_experts=(0,), routed_bias=(False,))
+        trainer.same(**WHOLE_ROPE, attention_bias=(False,), shared_experts=(0,), routed_bias=(False,))
         found = trainer.plain("mixtral_fork", "MixtralForCausalLM", SIZES)
         return {**found, "num_experts_per_tok": trainer.need("num_experts_per_tok"), "sliding_window": None}
