@@ -53,9 +53,8 @@ def test_demo_for_machines(portax):
 
 
 def test_demo_of_an_unknown_model(portax):
-    assert "the demo has no tree of 'gpt-2' for tpu-inference; there are gemma3-4b, gemma4-26b," in portax(
-        "demo", "--model", "gpt-2", code=2
-    )
+    error = portax("demo", "--model", "gpt-2", code=2)
+    assert "the demo has no tree of 'gpt-2' for tpu-inference; did you mean gpt-oss-20b? there are gemma2-2b, " in error
 
 
 def test_verify_passes_and_fails_leaf_by_leaf(portax, tmp_path):

@@ -82,6 +82,7 @@ def test_bos_goes_in_front_once_and_only_where_it_belongs():
 def test_which_families_begin_with_bos():
     families = portax.converters.families()
     assert {block for block, family in families.items() if family.starts_with_bos} == {
+        "gemma2",
         "gemma3",
         "gemma4",
         "gemma4_small",
