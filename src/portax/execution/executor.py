@@ -222,11 +222,12 @@ class Executor:
         shapes = inputs.shapes(call)
         source = source_sharding(shapes)
         results = reachable(source, targets)
-        if results is None and source is not None and not _compat.NAMES_EVERY_SHARDING and (mesh := mesh_of(source)):
-            results = tuple(spread(entry.shape, mesh) for entry in call.entries)
+        mesh = None if results is None else _mesh(results)  # None: nothing is moved, so specs may name other axes
+        if results is None and source is not None and not _compat.NAMES_EVERY_SHARDING and (own := mesh_of(source)):
+            results = tuple(spread(entry.shape, own) for entry in call.entries)
         wanted = results and tuple(map(automatic, results))
         key = _key(call, shapes, wanted, donating)
-        program = self._compiled.get(key) or self._program(key, call, shapes, wanted, donating)
+        program = self._compiled.get(key) or self._program(key, call, shapes, wanted, mesh, donating)
         position = () if all(each.is_slice for each in shapes) else call.layer.position
         return PreparedCall(call, program, self._placed(position, source), wanted, results)
 
@@ -256,12 +257,16 @@ class Executor:
         return self._compiled[key]
 
     def _program(
-        self, key: tuple, call: ProgramCall, shapes: tuple[Input, ...], wanted: Targets, donating: bool
+        self,
+        key: tuple,
+        call: ProgramCall,
+        shapes: tuple[Input, ...],
+        wanted: Targets,
+        mesh: Mesh | None,
+        donating: bool,
     ) -> Callable[..., Any]:
         if key not in self._programs:
-            make = functools.partial(
-                _make, self._hooks, self._trace(call.group), call, shapes, None if wanted is None else _mesh(wanted)
-            )
+            make = functools.partial(_make, self._hooks, self._trace(call.group), call, shapes, mesh)
             # Whatever reads them: a donor that a program drops is not written into.
             self._programs[key] = jax.jit(make, out_shardings=wanted, donate_argnums=2, keep_unused=donating)
         return self._programs[key]
