@@ -15,6 +15,7 @@ from portax.checkpoints.maxtext_import import import_checkpoint
 from portax.checkpoints.reading import Checkpoint, open_checkpoint
 from portax.config.model_config import ModelConfig
 from portax.converters import (  # noqa: F401 - a family is found by its name: portax.Qwen3Converter
+    DeepSeekConverter,
     Gemma2Converter,
     Gemma3Converter,
     Gemma4Converter,

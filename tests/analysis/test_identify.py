@@ -15,7 +15,7 @@ from portax.config.shipped import configs
 from portax.converters import families
 from portax.extend import PlainDecoder, blocks
 
-SHIPPED = [ModelConfig.of(path) for path in configs()]
+SHIPPED = [portax.read_config(path) for path in configs()]
 SOME_TREES = (
     "gemma2-2b.scan",
     "gemma2-2b.unscan",
@@ -28,6 +28,10 @@ SOME_TREES = (
     "qwen2.5-7b.scan",
     "qwen3-next-80b-a3b.scan",
     "qwen3.5-35b-a3b.unscan",
+    "gpt-oss-20b.scan",
+    "deepseek2-16b.scan",
+    "deepseek2-16b.unscan",
+    "deepseek3-671b-mla.scan",
 )
 AMBIGUOUS = ({"qwen3_5", "qwen3_next"}, {"llama2", "mistral"})  # unscanned or always, their trees are the same
 

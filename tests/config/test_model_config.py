@@ -43,6 +43,8 @@ BILLIONS = {  # parameters, as the models' own names or cards give them
     },
     **{"gemma4-26b": 25.2, "gemma4-31b": 30.7, "gemma4-e2b": 5.1, "gemma4-e4b": 8},
     **{"gpt-oss-20b": 20.9, "gpt-oss-120b": 116.8},
+    **{"deepseek2-16b": 15.7, "deepseek2-236b": 236, "deepseek3-671b": 671, "deepseek3.2-671b": 671},
+    "kimi-k2-1t": 1026,
 }
 CONFIG = tree("qwen3-30b-a3b.scan").config
 

@@ -12,6 +12,7 @@ from portax.layouts import TpuInference
 from portax.testing.golden import Golden, compare
 
 TP2 = TpuInference(version="0.32", tp=2)
+MLA = TpuInference(version="0.32", tp=2, attention_dp=2, kv_cache_dtype="fp8", kv_scale_form="narrow")
 CYCLES = {"gemma4-26b": 6, "gemma4-31b": 6, "gemma3-4b": 6, "qwen3.5-35b-a3b": 4, "qwen3-next-80b-a3b": 4}
 
 
@@ -128,10 +129,12 @@ def test_nothing_reads_the_models_name(name):
         ("qwen2.5-7b.scan", 2),
         ("gpt-oss-20b.scan", 2),
         ("gpt-oss-20b.unscan", 2),
+        ("deepseek3-671b-mla.scan", 3),
+        ("deepseek2-16b.unscan", 3),
     ],
 )
 def test_a_program_for_each_kind_of_layer_and_none_the_second_time(name, programs, compilations):
-    converter = portax.converter_for(tree(name).config, layout=TP2)
+    converter = portax.converter_for(tree(name).config, layout=MLA if name.startswith("deepseek") else TP2)
     params = {path: jnp.asarray(leaf) for path, leaf in filled(name).items()}
     for expected in (programs, 0):
         with compilations.measured() as compiled:

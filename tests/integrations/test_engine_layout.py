@@ -3,6 +3,7 @@
 import enum
 import types
 
+import jax.numpy as jnp
 import pytest
 from conftest import engine_mesh, mesh
 
@@ -58,3 +59,31 @@ def test_the_experts_backend_is_read_off_the_model():
     assert tpu_inference.layout(engine(engine_mesh(2), backends=[Backend.GMM_EP])).moe_backend == "gmm_ep"
     with pytest.raises(portax.LayoutError, match="experts run on several backends: gmm_ep, gmm_tp"):
         tpu_inference.layout(engine(engine_mesh(2), backends=[*Backend]))
+
+
+def latent():
+    """An engine of latent attention, as much of it as `layout` reads."""
+    runner = engine(engine_mesh(2, 2))
+    at = "vllm_model.model.layers.0.self_attn.mla_attn.mla_attn"
+    dtypes = {"W_UK_T": jnp.float8_e4m3fn, "W_UK_T_scale": jnp.float32, "W_UV": jnp.float8_e4m3fn}
+    runner.state = {f"{at}.{leaf}": jnp.ones((2, 4, 4), dtype) for leaf, dtype in dtypes.items()}
+    runner.vllm_config.cache_config = types.SimpleNamespace(cache_dtype="fp8")
+    return runner
+
+
+def test_the_dtype_of_the_cache_is_part_of_a_layout_with_latent_attention():
+    expected = {"tp": 2, "attention_dp": 2, "kv_cache_dtype": "fp8"}
+    told = tpu_inference.layout(latent())
+    assert told == TpuInference(version="0.32.0", kv_scale_form="xla_cpu", **expected)
+    told = tpu_inference.layout(latent(), scale_form="wide")
+    assert told == TpuInference(version="0.32.0", kv_scale_form="wide", **expected)
+
+
+def test_on_other_devices_the_form_of_its_scales_has_to_be_said():
+    runner = latent()
+    runner.mesh = types.SimpleNamespace(
+        shape=runner.mesh.shape,
+        devices=types.SimpleNamespace(flat=[types.SimpleNamespace(platform="tpu")]),
+    )
+    with pytest.raises(portax.LayoutError, match="scale_form=None on tpu: whether scales are rounded"):
+        tpu_inference.layout(runner)

@@ -8,7 +8,10 @@ from jax.sharding import NamedSharding
 import portax
 from portax.testing.golden import Golden, compare
 
-ENGINES = [(name, path.name) for name in TREES for path in sorted((GOLDEN / name).glob("tpu-inference-0*.json"))]
+MLA = [f"{name}.{form}" for name in ("deepseek2-16b", "deepseek3-671b-mla") for form in ("scan", "unscan")]
+ENGINES = [
+    (name, path.name) for name in [*TREES, *MLA] for path in sorted((GOLDEN / name).glob("tpu-inference-0*.json"))
+]
 
 
 def differences(weights, golden):
@@ -21,6 +24,8 @@ SPREAD = [  # what test_sync.py, which syncs every family from and to eight devi
     ("qwen3-30b-a3b.scan", "tpu-inference-0.20.0.tp8.json"),
     ("qwen3-8b.unscan", "tpu-inference-0.32.0.tp8.json"),
     ("qwen2.5-7b.scan", "tpu-inference-0.32.0.tp8.json"),
+    ("deepseek2-16b.scan", "tpu-inference-0.32.0.tp8.adp8.json"),
+    ("deepseek3-671b-mla.scan", "tpu-inference-0.32.0.tp4.adp4.ep.json"),
 ]
 
 
@@ -45,7 +50,7 @@ def test_reproduces_it_from_a_trainer_that_is_spread_over_the_devices(name, file
     }
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", [*TREES, *MLA])
 def test_reproduces_maxtexts_own_export(name):
     golden = Golden.load(GOLDEN / name / "hf.json")
     converter = portax.converter_for(tree(name).config, layout=portax.layouts.HuggingFace())

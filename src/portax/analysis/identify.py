@@ -25,7 +25,6 @@ _SWITCHES = (
     "rollout_tensor_parallelism",
     "shared_experts",
 )
-_OWN_KEYS = "self_attention/key/kernel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +152,7 @@ def _counted(family: type[BaseConverter], config: ModelConfig, state: param_tree
     found = trial(config, layout=layout).groups(state)
     layers = [layer for group in found for layer in group.layers if not group.is_global]
     told: dict[str, Any] = {"num_decoder_layers": max(len(layers), 1)}
-    if config.num_kv_shared_layers:
-        told["num_kv_shared_layers"] = sum(_OWN_KEYS not in layer.leaves for layer in layers)
+    told |= family.layer_counts(config, layers)
     return trial(dataclasses.replace(config, **told), layout=layout)
 
 
@@ -166,7 +164,7 @@ def _equations(converter: BaseConverter, state: param_tree.ParamTree) -> tuple[d
         read = _read(converter, group)
         odd += [group.names(path) for path in read.keys() ^ {*group.paths}]
         for path in read.keys() & {*group.paths}:
-            dims = _without_scan(group, group.layers[0].leaves[path].shape, converter.config.param_scan_axis)
+            dims = _without_scan(group, group.layers[0].leaves[path].shape, group.scan_axis(path))
             names = read[path].split()
             if len(names) != len(dims):
                 odd.append(group.names(path))

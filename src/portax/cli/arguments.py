@@ -19,6 +19,7 @@ from portax.converters.base import BaseConverter
 from portax.errors import ConfigError
 from portax.execution import byte_counts
 from portax.layouts._tpu import TpuEngine
+from portax.layouts.quantization import SCALE_FORMS
 from portax.testing import demo
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -72,6 +73,10 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--moe-backend", choices=("gmm_tp", "gmm_ep", "fused_moe"), default="gmm_tp")
     text = "attention data-parallel size of an engine with NEW_MODEL_DESIGN=1"
     parser.add_argument("--attention-dp", type=int, metavar="K", help=text)
+    text = "the engine's KV cache dtype, where it has latent attention (DeepSeek): fp8"
+    parser.add_argument("--kv-cache-dtype", metavar="DTYPE", help=text)
+    text = "rounding of latent attention's scales by the engine's compiler"
+    parser.add_argument("--kv-scale-form", choices=SCALE_FORMS, help=text)
     text = "of maxtext-vllm: expert_parallelism of the engine's sharding strategy"
     parser.add_argument("--expert-parallel", type=int, metavar="K", help=text)
     text = "of maxtext-vllm: the engine is started with prefuse_moe_weights=False"
@@ -213,13 +218,20 @@ def layout(args: argparse.Namespace) -> layouts.Layout:
             kind.installed(**options) if args.engine_version is None else kind(version=args.engine_version, **options)
         )
     options |= {"tp": args.tp, "moe_backend": args.moe_backend, "allow_untested": args.allow_untested}
-    if args.attention_dp is not None:
-        if kind is not layouts.TpuInference:
-            raise ConfigError(f"--attention-dp is for --layout tpu-inference, not for --layout {args.layout}")
-        options["attention_dp"] = args.attention_dp
+    torchax = _of_torchax(args)
+    if kind is not layouts.TpuInference and torchax:
+        option = next(iter(torchax)).replace("_", "-")
+        raise ConfigError(f"--{option} is for --layout tpu-inference, not for --layout {args.layout}")
+    options |= torchax
     if args.engine_version is None:
         return kind.installed(**options)
     return kind(version=args.engine_version, **options)
+
+
+def _of_torchax(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the given options that are only for an engine whose model runs on torchax."""
+    names = ("attention_dp", "kv_cache_dtype", "kv_scale_form")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _of_maxtext(args: argparse.Namespace) -> dict[str, Any]:

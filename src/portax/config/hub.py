@@ -143,6 +143,7 @@ def _kind(name: str) -> Any:
 _KINDS: Mapping[str, Any] = {
     "layer_types": list,
     "mlp_only_layers": list,
+    "mlp_layer_types": list,
     "rope_parameters": Mapping,
     "rope_scaling": Mapping,
     "per_layer_config": Mapping,

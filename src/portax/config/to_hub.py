@@ -50,6 +50,10 @@ class TrainerConfig:
             self.problems.append(f"{name}: {value!r}, which is not set")
         return value
 
+    def find(self, name: str) -> Any:
+        """Returns a number; None if it is missing."""
+        return _number(self._get(name))
+
     def same(self, **fields: Any) -> None:
         """Notes as a problem each field whose value is none of those that the hub's model class stands for."""
         for name, values in fields.items():

@@ -1,5 +1,6 @@
 """Converters, one file for each model family, and the functions that choose among them."""
 
+from portax.converters.deepseek import DeepSeekConverter
 from portax.converters.gemma2 import Gemma2Converter
 from portax.converters.gemma3 import Gemma3Converter
 from portax.converters.gemma4 import Gemma4Converter
@@ -17,6 +18,7 @@ from portax.converters.qwen3_next import Qwen3NextConverter
 from portax.converters.registry import converter_for, derive_hub_config, families, read_config
 
 __all__ = [
+    "DeepSeekConverter",
     "Gemma2Converter",
     "Gemma3Converter",
     "Gemma4Converter",

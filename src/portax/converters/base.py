@@ -4,7 +4,7 @@ import abc
 import fnmatch
 import itertools
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import jax
@@ -159,6 +159,28 @@ class BaseConverter(abc.ABC):
     def layer_types(self, found: Sequence[scan.LayerSlice], depth: int) -> list[scan.LayerTypes]:
         """Returns the types of each of the first `depth` layers."""
         return list(itertools.islice(itertools.cycle(self.layer_cycle(found)), depth))
+
+    def stacks(self, *, scanned: bool) -> Iterable[tuple[str, tuple[int, ...], int]]:
+        """Returns the layers of MaxText's tree, or its stacks of them: container, scan axes, number of the first layer.
+
+        Args:
+            scanned: True for a tree whose layers are stacked, if they ever are.
+        """
+        depth = self.config.num_decoder_layers
+        if not scanned or self.scan_pattern is None:
+            return scan.unscanned(depth)
+        return self.scan_pattern.stacks(depth, len(self.layer_cycle(())))
+
+    @classmethod
+    def layer_counts(cls, config: ModelConfig, layers: Sequence[scan.LayerSlice]) -> dict[str, int]:
+        """Returns the fields that count layers of one kind, as a tree tells them; by default none.
+
+        Args:
+            config: A configuration with the same switches as the tree's; its sizes do not count.
+            layers: The layers of the tree.
+        """
+        del config, layers
+        return {}
 
     @property
     def architecture(self) -> str | None:
@@ -385,14 +407,10 @@ class BaseConverter(abc.ABC):
             >>> converter.expected_tree()["decoder/layers/mlp/wo/kernel"].shape  # [mlp, layers, embed]
             (128, 2, 64)
         """
-        depth = self.config.num_decoder_layers
-        types = self.layer_types((), depth)
-        stacks = scan.unscanned(depth)
-        if scanned and self.scan_pattern is not None:
-            stacks = self.scan_pattern.stacks(depth, len(self.layer_cycle(())))
+        types = self.layer_types((), self.config.num_decoder_layers)
         found = self._expected(LayerParams({}, self.config), is_global=True)
-        for container, lengths, first in stacks:
-            layer = LayerParams({}, self.config, types=types[first], scan=lengths)
+        for container, lengths, first in self.stacks(scanned=scanned):
+            layer = LayerParams({}, self.config, types=types[first], scan=lengths, scan_axis=self.scan_axis)
             found |= {f"{container}/{path}": axes for path, axes in self._expected(layer).items()}
         return {
             path: jax.ShapeDtypeStruct(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from portax.config.hub import HubConfig
+from portax.config.model_config import ModelConfig
 from portax.converters.gemma4 import Gemma4Converter
 from portax.errors import ConfigError, PlanError
 from portax.planning.plan import Plan
@@ -12,6 +13,8 @@ from portax.trainer.layer_params import LayerParams
 from portax.trainer.scan import LayerSlice, LayerTypes
 from portax.weights import blocks
 from portax.weights.blocks import Blocks
+
+_OWN_KEYS = "self_attention/key/kernel"
 
 
 class Gemma4SmallConverter(Gemma4Converter):
@@ -44,6 +47,13 @@ class Gemma4SmallConverter(Gemma4Converter):
             )
         wide = [layer.index for layer in found if _head_dim(layer) == self.config.global_head_dim]
         return cycle[1:] if wide[:1] == [4] else cycle
+
+    @classmethod
+    def layer_counts(cls, config: ModelConfig, layers: Sequence[LayerSlice]) -> dict[str, int]:
+        """The layers without keys of their own, if the model has any."""
+        if not config.num_kv_shared_layers:
+            return {}
+        return {"num_kv_shared_layers": sum(_OWN_KEYS not in layer.leaves for layer in layers)}
 
     def plan_into(self, target: Mapping[str, Any]) -> Plan:
         """Plans a sync without a trainer's tree. If the config leaves two forms open, the engine's leaves decide.

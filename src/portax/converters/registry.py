@@ -10,6 +10,7 @@ from portax.config.hub import HubConfig, is_hub_config
 from portax.config.model_config import ConfigSource, ModelConfig, load, reader
 from portax.config.to_hub import TrainerConfig
 from portax.converters.base import BaseConverter
+from portax.converters.deepseek import DeepSeekConverter
 from portax.converters.gemma2 import Gemma2Converter
 from portax.converters.gemma3 import Gemma3Converter
 from portax.converters.gemma4 import Gemma4Converter
@@ -43,6 +44,7 @@ _OWN: tuple[type[BaseConverter], ...] = (
     Gemma4Converter,
     Gemma4SmallConverter,
     GptOssConverter,
+    DeepSeekConverter,
 )
 
 
@@ -57,7 +59,8 @@ def converter_for(
 ) -> BaseConverter:
     """Returns the converter for a model, chosen by its config (`decoder_block`), never by the model's name.
 
-    For an engine that runs MaxText's own model, a decoder that no family covers is converted by structure alone.
+    For an engine that runs MaxText's own model, a decoder that no family covers is converted by structure alone, and
+    so is one of which the config lacks what its family needs.
 
     Args:
         config: Anything that `read_config` reads: a MaxText config object, a mapping, a YAML or `config.json` path.
@@ -83,9 +86,15 @@ def converter_for(
     config = read_config(config)
     options: dict[str, Any] = {"layout": layout, "module_prefix": module_prefix, "strict_dtype": strict_dtype}
     options["leave"] = leave
-    if config.decoder_block not in families() and isinstance(layout, Layout) and layout.names == "trainer":
+    if isinstance(layout, Layout) and layout.names == "trainer" and not _says_enough(config):
         return MaxTextConverter(config, mesh, **options)
     return _family(config.decoder_block)(config, mesh, **options)
+
+
+def _says_enough(config: ModelConfig) -> bool:
+    """Tells whether a family covers the model, and its fields are set."""
+    family = families().get(config.decoder_block)
+    return family is not None and all(getattr(config, name, None) for name in family.required)
 
 
 def read_config(source: ConfigSource) -> ModelConfig:

@@ -15,11 +15,12 @@ from portax._text.names import fold
 from portax.converters import converter_for
 from portax.errors import LayoutError, QuantizationError, SyncError
 from portax.integrations import maxtext_vllm
-from portax.integrations.tpu_quantization import quantization
+from portax.integrations.tpu_quantization import quantization, scale_form_of
 from portax.layouts import FlaxNnx, MaxTextVllm, TpuInference
 from portax.sync.engine_state import EngineState
 from portax.sync.weight_sync import WeightSync
 
+_LATENT = re.compile(r"\.W_U(K_T|V)(_scale)?$")  # quantised to the KV cache's dtype, and to no other setting's
 _EMBEDDINGS = {  # by whether the model is a native JAX one: the token embedding's name, and how to tell of it
     False: (r"vllm_model\.(.*)model\.embed_tokens\.weight", "vllm_model.*model.embed_tokens.weight"),
     True: (r"model\.(.*)embed(?:_tokens\.weight|\.embedding)", "model.*embed_tokens.weight"),
@@ -130,9 +131,12 @@ def layout(
         raise LayoutError(f"the engine's experts run on several backends: {', '.join(sorted(backends))}")
     dtype = jnp.dtype(str(config.dtype).removeprefix("torch."))
     options: dict[str, Any] = {"tp": tp, "moe_backend": next(iter(backends), "gmm_tp"), "dtype": dtype}
-    options["quantization"] = quantization(
-        runner, EngineState(runner.state).leaves(), native=_native(runner), recipe=recipe, scale_form=scale_form
-    )
+    leaves = EngineState(runner.state).leaves()
+    others = {name: leaf for name, leaf in leaves.items() if not _LATENT.search(name)}
+    options["quantization"] = quantization(runner, others, native=_native(runner), recipe=recipe, scale_form=scale_form)
+    if len(others) < len(leaves) and not _native(runner):
+        options["kv_cache_dtype"] = str(runner.vllm_config.cache_config.cache_dtype)
+        options["kv_scale_form"] = scale_form or scale_form_of(runner)
     if not _native(runner):
         return TpuInference.installed(attention_dp=attention_dp, **options)
     if attention_dp is not None:

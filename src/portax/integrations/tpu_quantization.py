@@ -40,7 +40,7 @@ def quantization(
     found = Quantization.of_environment(
         _environment(native=native),
         checkpoint=_checkpoint(runner.vllm_config.model_config, recipe),
-        scale_form=scale_form or _scale_form(runner),
+        scale_form=scale_form or scale_form_of(runner),
     )
     if found is None:
         raise QuantizationError(
@@ -110,7 +110,15 @@ def _environment(*, native: bool) -> dict[str, str]:
     }
 
 
-def _scale_form(runner: Any) -> str:
+def scale_form_of(runner: Any) -> str:
+    """Returns the rounding of scales by the engine's compiler, where it was seen: on CPU.
+
+    Args:
+        runner: The engine's runner.
+
+    Raises:
+        QuantizationError: The engine is on other devices.
+    """
     platforms = {device.platform for device in runner.mesh.devices.flat}
     if platforms != {"cpu"}:
         raise QuantizationError(

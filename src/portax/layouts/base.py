@@ -194,6 +194,8 @@ class Layout(abc.ABC):
                 return (Tensor(f"{block.name}.weight", kernels.reverse_axes(block.kernel)),)
             case blocks.QKV():
                 return self.qkv(block)
+            case blocks.LatentKV():
+                return self.latent_kv(block)
             case blocks.FusedMoE():
                 return self.fused_moe(block)
             case blocks.Embedding():
@@ -221,6 +223,10 @@ class Layout(abc.ABC):
     def bare_linear(self, block: blocks.BareLinear) -> tuple[Tensor, ...]:
         """Holds a matrix product outside the engine's parallel layers; by default as the hub does, `[out, in]`."""
         return (Tensor(f"{block.name}.weight", kernels.transpose(block.kernel)),)
+
+    def latent_kv(self, block: blocks.LatentKV) -> tuple[Tensor, ...]:
+        """Holds the keys and values of latent attention; by default as the hub does, `[out, in]`."""
+        return (Tensor(f"{block.name}.weight", kernels.transpose(flat_columns(block.kernel))),)
 
     def param(self, block: blocks.Param) -> tuple[Tensor, ...]:
         """Holds a parameter that is replicated; by default as the hub does."""

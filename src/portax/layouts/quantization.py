@@ -157,7 +157,7 @@ class Quantization:
         Args:
             scales: Number of scales that the engine makes in one computation.
         """
-        return self.scale_form == "wide" or (self.scale_form == "xla_cpu" and scales >= _WIDE_FROM)
+        return is_wide(self.scale_form, scales)
 
     def _check_values(self) -> None:
         if self.checkpoint != BFLOAT16 and self.checkpoint not in RECIPES:
@@ -247,3 +247,13 @@ def _parsed(name: str, text: str) -> object:
     if name == "bf16_linear_requantize_patterns":
         return tuple(pattern.strip() for pattern in text.split(","))
     return text
+
+
+def is_wide(scale_form: str, scales: int) -> bool:
+    """Tells whether scales of bfloat16 weights stay unrounded.
+
+    Args:
+        scale_form: One of `SCALE_FORMS`.
+        scales: As for `Quantization.is_wide`.
+    """
+    return scale_form == "wide" or (scale_form == "xla_cpu" and scales >= _WIDE_FROM)

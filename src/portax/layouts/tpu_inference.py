@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from portax.errors import LayoutError
-from portax.layouts._quantised_torchax import QuantisedTorchax
+from portax.layouts._latent_torchax import LatentTorchax
 from portax.layouts._tpu import AXIS, Axes, must_be_positive, release_text
 from portax.layouts.base import OTHER_MODALITIES, Tensor, as_matrix, flat_columns, in_decoder, renamed
 from portax.weights import bits, blocks, kernels
@@ -40,7 +40,7 @@ _Cut: TypeAlias = tuple[Axes | None, ...]
 _Experts: TypeAlias = tuple[Shaped[Array, "..."], Shaped[Array, "..."], _Cut, _Cut]  # w13, w2 and how each is cut
 
 _ENGINE_OWNED = re.compile(
-    r"\.attn\._[kqv]_scale$|\.attn\._prob_scale$|\.rotary_emb\.cos_sin_cache$|\.cos_sin_cache$|\.normalizer$"
+    r"[._]attn\._[kqv]_scale$|[._]attn\._prob_scale$|\.rotary_emb\.cos_sin_cache$|\.cos_sin_cache$|\.normalizer$"
     r"|\.rotary_emb\.(full|sliding)_attention_(original_)?inv_freq$"
     r"|\.root_size$|\.embed_scale_per_layer$|\.per_layer_input_scale$|\.per_layer_projection_scale$"
     rf"|\.{OTHER_MODALITIES}"
@@ -48,7 +48,7 @@ _ENGINE_OWNED = re.compile(
 
 
 @dataclasses.dataclass(frozen=True)
-class TpuInference(QuantisedTorchax):
+class TpuInference(LatentTorchax):
     """The state of tpu-inference's torchax runner (`MODEL_IMPL_TYPE=vllm`): one flat dict of `vllm_model.*` leaves.
 
     Attributes:
@@ -64,6 +64,8 @@ class TpuInference(QuantisedTorchax):
         quantization: The engine's settings of quantisation; None for none.
         names_of_class: Names that differ from the hub's; converters fill them in.
         quantised_linears: The quantised linears of a layer, if not all are; converters fill it in.
+        kv_cache_dtype: The engine's `--kv-cache-dtype`, where it has latent attention (MLA); run with `fp8`.
+        kv_scale_form: The rounding of scales of latent attention by the engine's compiler; see `Quantization`.
 
     Raises:
         LayoutError: The version, tp or backend is unknown, attention_dp is not for that version or tp, or the engine
@@ -182,6 +184,14 @@ class TpuInference(QuantisedTorchax):
             self._linear_must_divide(f"{block.name}: KV heads * head_dim =", kv_heads * dim)
         elif kv_heads % self._linear_tp and self._linear_tp % kv_heads:
             raise LayoutError(f"{block.name}: KV heads = {kv_heads} and {self._linear_text} do not divide either way")
+
+    def latent_kv(self, block: blocks.LatentKV) -> tuple[Tensor, ...]:
+        """`W_UK_T` and `W_UV`, in the dtype of the KV cache, with their scales."""
+        return self._latent_kv(block, attention_dp=self.attention_dp, dtype=self.dtype, axes=self._linear_axes)
+
+    def param(self, block: blocks.Param) -> tuple[Tensor, ...]:
+        """As the hub does, under every name that it has in the engine."""
+        return tuple(Tensor(name, block.value) for name in (block.name, *block.again))
 
     def fused_moe(self, block: blocks.FusedMoE) -> tuple[Tensor, ...]:
         """w13 and w2 as the backend's kernel wants them."""

@@ -115,6 +115,26 @@ def _router_bias(suspect: Suspect) -> str | None:
     )
 
 
+def _latent_queries(suspect: Suspect) -> str | None:
+    """Finds queries of latent attention (MLA) that are, or are not, projected by way of a smaller width."""
+    forms = {"query/kernel": "wq_a/kernel", "wq_a/kernel": "query/kernel", "wq_b/kernel": "query/kernel"}
+    for missing, other in forms.items():
+        if suspect.path.endswith(f"self_attention/{missing}") and suspect.path[: -len(missing)] + other in suspect.tree:
+            size = getattr(suspect.config, "q_lora_rank", None)
+            return f"the config says q_lora_rank={size}, and the tree has {other}: one of them is of another model"
+    return None
+
+
+def _dense_first(suspect: Suspect) -> str | None:
+    """Finds a layer of which the config says that it is dense, and the tree that it is not, or the reverse."""
+    kind = next((kind for kind in ("dense", "moe") if kind in suspect.types), None)
+    stack = re.match(r"decoder/(dense|moe)_layers", suspect.path)
+    if kind is None or stack is None or stack[1] == kind:
+        return None
+    said = getattr(suspect.config, "first_num_dense_layers", None)
+    return f"the config says first_num_dense_layers={said}, and the tree has another number of dense layers"
+
+
 def _wide_mlp(suspect: Suspect) -> str | None:
     if "kv_shared" not in suspect.types or suspect.config.use_double_wide_mlp or "/mlp/" not in suspect.path:
         return None
@@ -172,5 +192,5 @@ def _scanned(axes: Axes) -> list[int]:
     return [size for name, size in axes if name == "layers"]
 
 
-_MISSING: tuple[Rule, ...] = (_left_out, _quantised, _tied, _router_bias)
+_MISSING: tuple[Rule, ...] = (_left_out, _quantised, _tied, _latent_queries, _dense_first, _router_bias)
 _SHAPES: tuple[Rule, ...] = (_wide_mlp, _stages, _scan_axis, _lost_layers, _padded)

@@ -220,6 +220,8 @@ def _engine_layout(content: Mapping[str, Any]) -> Layout:
         "tp": content["mesh"]["model"] * (attention_dp or 1),
         "moe_backend": (content["moe_backend"] or "gmm_tp").lower(),
     }
+    if kind is TpuInference and (cache := content.get("kv_cache_dtype")) is not None:
+        options |= {"kv_cache_dtype": cache, "kv_scale_form": "xla_cpu"}
     if (quantization := _quantization(content)) is not None:
         options["quantization"] = quantization
     return kind(**options) if kind is FlaxNnx else TpuInference(**options, attention_dp=attention_dp)

@@ -143,6 +143,21 @@ def unscanned(depth: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
     return ((f"decoder/layers_{index}", (), index) for index in range(depth))
 
 
+def dense_then_moe(depth: int, dense: int, *, scanned: bool) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """As `ScanPattern.stacks`, for a model whose dense layers and mixtures of experts are each counted from 0.
+
+    Args:
+        depth: Layers of the model.
+        dense: The first ones of them, which are dense.
+        scanned: True for one stack of each kind.
+    """
+    for kind, count, first in (("dense_layers", dense, 0), ("moe_layers", depth - dense, dense)):
+        if scanned:
+            yield from [(f"decoder/{kind}", (count,), first)] * (count > 0)
+        else:
+            yield from ((f"decoder/{kind}_{index}", (), first + index) for index in range(count))
+
+
 _OF_ONE_KIND = ("dense_layers", "moe_layers")  # DeepSeek's: first all dense layers, each kind counted from 0
 _UNSCANNED = re.compile(r"(?P<container>decoder/(?P<block>(dense_|moe_)?layers)[_/](?P<index>\d+))/(?P<leaf>.+)")
 _SCANNED = re.compile(

@@ -160,6 +160,28 @@ class QKV:
     bias: tuple[Shaped[Array, "_ _"], ...] = ()
 
 
+@_block
+class LatentKV:
+    """Makes keys and values of what multi-head latent attention (MLA) caches: for each head, keys and then values.
+
+    Attributes:
+        name: Module name on the hub, e.g. `self_attn.kv_b_proj`.
+        kernel: For each head, the part of its keys that does not rotate, and its values.
+        key_dim: Width of that part of the keys.
+        sparse: True if an indexer selects the tokens that are attended to.
+
+    Example:
+        >>> block = blocks.LatentKV("self_attn.kv_b_proj", jnp.ones((32, 4, 16 + 24)), key_dim=16)
+        >>> [tensor.array.shape for tensor in portax.layouts.HuggingFace().lower(block)]
+        [(160, 32)]
+    """
+
+    name: str = _static()
+    kernel: Shaped[Array, "latent heads key_and_value"]
+    key_dim: int = _static()
+    sparse: bool = _static(default=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class ExpertNames:
     """The hub's names for the matrices of an expert, or of all experts stacked.
@@ -272,6 +294,7 @@ class Param:
         name: Full name of the parameter, e.g. `input_layernorm.weight`.
         value: The values, in the hub's axis order.
         float32: True if it stays float32 whatever the engine's dtype.
+        again: Full names under which other modules of a loaded engine hold the same values as leaves of their own.
 
     Example:
         >>> [tensor.array.dtype for tensor in layout.lower(blocks.Param("norm.weight", jnp.ones(64)))]
@@ -281,6 +304,7 @@ class Param:
     name: str = _static()
     value: Shaped[Array, "..."]
     float32: bool = _static(default=False)
+    again: tuple[str, ...] = _static(default=())
 
 
 @_block
@@ -311,6 +335,7 @@ Block: TypeAlias = (
     | BareLinear
     | DepthwiseConv
     | QKV
+    | LatentKV
     | FusedMoE
     | Embedding
     | LMHead
