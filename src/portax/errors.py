@@ -49,7 +49,7 @@ class LayoutError(PortaxError, ValueError):
 
 
 class QuantizationError(LayoutError):
-    """An engine quantises in a way that does not exist, that no engine was run with, or that computes wrong results."""
+    """An engine quantises in an unknown, untested or broken way, or values cannot be quantised."""
 
     def __init__(self, message: str):
         super().__init__(
@@ -57,6 +57,19 @@ class QuantizationError(LayoutError):
             expected="a way of quantising that an engine was run with",
             cause="the engine's settings or its checkpoint ask for what it cannot do, or for what was not run",
         )
+
+    @classmethod
+    def of_values(cls, channels: str) -> "QuantizationError":
+        """Returns the error for weights that cannot be quantised.
+
+        Args:
+            channels: The channels by leaf, each with the reason.
+        """
+        error = cls(channels)
+        error.expected = "finite values, each channel all zeros or large enough for a normal scale"
+        error.cause = "the trainer has diverged, or its weights were never initialised"
+        error.args = (f"{channels}. Expected {error.expected}. Likely cause: {error.cause}",)
+        return error
 
 
 class SyncError(PortaxError, RuntimeError):

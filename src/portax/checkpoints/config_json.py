@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from portax._text.tables import plural
+from portax.checkpoints.quantization_config import quantization_config
 from portax.converters import read_config
 from portax.converters.base import BaseConverter
 from portax.errors import ConfigError
+from portax.layouts import Layout
 from portax.planning.plan import Plan
 
 _QUANTIZATION = ("quantization_config", "compression_config")  # what loaders go by
@@ -61,7 +63,7 @@ def in_folder(hub_config: Mapping[str, Any], plan: Plan) -> Iterator[pathlib.Pat
 
 def check(hub_config: Mapping[str, Any], converter: BaseConverter, plan: Plan) -> None:
     """Raises a `ConfigError` unless a hub's `config.json` asks for exactly the planned tensors."""
-    _check_quantization(hub_config, plan)
+    _check_quantization(hub_config, converter, plan)
     read_off = converter.read_config(hub_config)
     if read_off.decoder_block not in converter.decoder_blocks:
         raise ConfigError(
@@ -90,11 +92,18 @@ def _check_rope(hub: str, trainer: str) -> None:
         )
 
 
-def _check_quantization(hub_config: Mapping[str, Any], plan: Plan) -> None:
+def _check_quantization(hub_config: Mapping[str, Any], converter: BaseConverter, plan: Plan) -> None:
     named = next((name for name in _QUANTIZATION if field(hub_config, name) is not None), None)
-    if named is None or any(entry.dtype.itemsize == 1 for entry in plan.entries):
+    if named is None:
         return
     method = field(hub_config, named)
+    if (made := quantization_config(converter.layout, plan)) is not None:
+        if method != made:
+            raise ConfigError(
+                f"the hub config says {named}={method}, and the tensors are quantised as {made}: pass the config.json "
+                "of the model before it was quantised, and this is added"
+            )
+        return
     what = f" ({method['quant_method']})" if isinstance(method, Mapping) and "quant_method" in method else ""
     dtypes = ", ".join(sorted({entry.dtype.name for entry in plan.entries}))
     raise ConfigError(
@@ -104,11 +113,18 @@ def _check_quantization(hub_config: Mapping[str, Any], plan: Plan) -> None:
     )
 
 
+def with_quantization(hub_config: Mapping[str, Any], layout: Layout, plan: Plan) -> dict[str, Any]:
+    """Returns the config with `quantization_config`, by which loaders know quantised tensors, if there are any."""
+    made = quantization_config(layout, plan)
+    return {**hub_config, **({} if made is None else {_QUANTIZATION[0]: made})}
+
+
 def with_dtype(hub_config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """Returns the config with the dtype of most bytes of the tensors."""
+    """Returns the config with the dtype of most bytes of the tensors that are not quantised."""
     nbytes: collections.Counter[str] = collections.Counter()
     for entry in plan.entries:
-        nbytes[entry.dtype.name] += entry.nbytes
+        if entry.dtype.itemsize > 1 and not entry.refuses_values:
+            nbytes[entry.dtype.name] += entry.nbytes
     dtype = {"dtype": nbytes.most_common(1)[0][0]}
     inner = hub_config.get("text_config")
     nested = {"text_config": {**inner, **dtype}} if isinstance(inner, Mapping) else {}

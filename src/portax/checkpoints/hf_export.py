@@ -86,6 +86,7 @@ def export(
         params: As for `converter.convert`. Only the export of a `Checkpoint` can be resumed.
         folder: The folder to write; must not exist.
         hub_config: The content of this model's hub `config.json`; it is checked against the plan.
+            `quantization_config` is added to it for quantised tensors.
         shard_bytes: Most bytes of tensors in one file.
         bucket_bytes: Bytes to convert and write at a time.
         progress: Called with the number of bytes written since its last call, and the total.
@@ -96,6 +97,7 @@ def export(
     Raises:
         PlanError: As `converter.plan`; before anything is written.
         ConfigError: `hub_config` is of another model, or a size in bytes is invalid.
+        QuantizationError: Values cannot be quantised.
         CheckpointError: The folder exists or cannot be written, the disk has no space, or `params` cannot be read.
 
     Example:
@@ -121,7 +123,7 @@ def export(
             consume_behind(parts, lambda bucket: writer.write(jax.device_get(bucket)))
         write_text(unfinished / INDEX, index(shards))
         if hub_config is not None:
-            told = config_json.with_dtype(hub_config, plan)
+            told = config_json.with_quantization(config_json.with_dtype(hub_config, plan), converter.layout, plan)
             write_text(unfinished / "config.json", json.dumps(told, indent=2) + "\n")
     seconds = time.perf_counter() - start
     resumed = len(shards) - len(todo)

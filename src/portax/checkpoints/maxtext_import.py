@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from portax._text.report import Progress, Report, no_progress
 from portax._text.tables import plural, size, text_lines
 from portax.checkpoints.atomic_dir import atomic_dir, check_space, refuse_existing
+from portax.checkpoints.dequantised import dequantised, is_quantised
 from portax.checkpoints.orbax_writer import ITEM, NewArray, Stores, chunk_shape, write_checkpoint
 from portax.converters.base import BaseConverter
+from portax.errors import CheckpointError
 from portax.execution.inverse import Restoration
 from portax.trainer.flatten import Leaf
 
@@ -56,6 +58,7 @@ def import_checkpoint(
     *,
     scanned: bool = True,
     dtype: Any = None,
+    dequantize: bool = False,
     progress: Progress = no_progress,
 ) -> Import:
     """Restores the trainer's tree and writes it as an Orbax checkpoint for MaxText, a layer at a time.
@@ -70,6 +73,8 @@ def import_checkpoint(
         folder: The folder to write; must not exist.
         scanned: True stacks the layers, as MaxText does with `scan_layers=true`.
         dtype: Dtype of the leaves; None keeps that of the tensors.
+        dequantize: True turns quantised weights into the bfloat16 products of values and scales; otherwise they are
+            refused.
         progress: Called with the number of bytes written since its last call, and the total.
 
     Returns:
@@ -78,8 +83,8 @@ def import_checkpoint(
     Raises:
         PlanError: As `converter.restore`; before anything is written.
         LayoutError: As `converter.restore`.
-        CheckpointError: The folder exists or cannot be written, the disk has no space, `weights` cannot be read, or
-            Orbax is not installed.
+        CheckpointError: The weights are quantised without `dequantize`, or the reverse; the folder exists or cannot be
+            written, the disk has no space, `weights` cannot be read, or Orbax is not installed.
 
     Example:
         >>> hub = portax.converter_for(config, layout=portax.layouts.HuggingFace())
@@ -89,7 +94,7 @@ def import_checkpoint(
     start = time.perf_counter()
     folder = pathlib.Path(folder)
     refuse_existing(folder)
-    restoration = converter.restoration(weights, scanned=scanned, dtype=dtype)
+    restoration = converter.restoration(unquantised(weights, dequantize=dequantize), scanned=scanned, dtype=dtype)
 
     def fill(stores: Stores) -> None:
         for layer, leaves in restoration:
@@ -101,6 +106,26 @@ def import_checkpoint(
         write_checkpoint(unfinished, new_arrays(restoration), fill, {"scan_layers": scanned})
     seconds = time.perf_counter() - start
     return Import(str(folder), str(folder / ITEM), len(restoration.leaves), restoration.nbytes, seconds)
+
+
+def unquantised(weights: Mapping[str, Any], *, dequantize: bool) -> Mapping[str, Any]:
+    """Returns the weights of a checkpoint, none of them quantised.
+
+    Args:
+        weights: As for `import_checkpoint`.
+        dequantize: Likewise.
+
+    Raises:
+        CheckpointError: They are quantised and are not to be dequantised, or the reverse.
+    """
+    if dequantize:
+        return dequantised(weights)
+    if is_quantised(weights):
+        raise CheckpointError(
+            "the weights of this checkpoint are quantised, and a trainer wants them as they were before: take that "
+            "checkpoint, or pass dequantize=True (--dequantize) for bfloat16 products of values and scales"
+        )
+    return weights
 
 
 def new_arrays(restoration: Restoration) -> tuple[NewArray, ...]:

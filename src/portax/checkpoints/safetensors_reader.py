@@ -43,6 +43,29 @@ CODES = {
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
+_NOT_NUMPYS = frozenset({np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e5m2)})
+"""Dtypes that safetensors reads for torch and not for numpy."""
+
+
+class _Places:
+    """The places of the tensors of one file, for dtypes that safetensors does not read."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+
+    @functools.cached_property
+    def _header(self) -> tuple[int, Mapping[str, Any]]:
+        with self._path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return 8 + size, json.loads(file.read(size))
+
+    def array(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:
+        """A tensor, mapped into memory."""
+        start, header = self._header
+        offset = start + header[name]["data_offsets"][0]
+        return np.memmap(self._path, dtype, "r", offset, shape) if np.prod(shape) else np.empty(shape, dtype)
+
+
 class SafetensorsArray(LazyArray):
     """One tensor of a safetensors file.
 
@@ -52,17 +75,19 @@ class SafetensorsArray(LazyArray):
         dtype: Its dtype.
     """
 
-    def __init__(self, name: str, path: pathlib.Path, file: Any):
+    def __init__(self, name: str, path: pathlib.Path, file: Any, places: _Places):
         part = file.get_slice(name)
         if part.get_dtype() not in _DTYPES:
             raise CheckpointError(f"{path}: {name} is of dtype {part.get_dtype()}, which is no dtype of weights")
         self.name = name
         self.shape = tuple(part.get_shape())
         self.dtype = _DTYPES[part.get_dtype()]
-        self._path = path
+        self._path, self._places = path, places
 
     @functools.cached_property
     def _part(self) -> Any:
+        if self.dtype in _NOT_NUMPYS:
+            return self._places.array(self.name, self.dtype, self.shape)
         return _opened(self._path).get_slice(self.name)
 
     def __getitem__(self, at: Any) -> Shaped[np.ndarray, "..."]:
@@ -72,8 +97,8 @@ class SafetensorsArray(LazyArray):
             CheckpointError: The file is gone or cut short.
         """
         try:
-            return self._part[at]
-        except (OSError, safetensors.SafetensorError) as error:
+            return np.asarray(self._part[at])
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{self._path}: {self.name} cannot be read ({error})") from error
 
 
@@ -102,8 +127,8 @@ class SafetensorsReader:
         self.leaves: dict[str, LazyArray] = {}
         digest = hashlib.sha256(str(path.absolute()).encode())
         for file, named in files.items():
-            opened = _opened(file)
-            found = {name: SafetensorsArray(name, file, opened) for name in opened.keys()}  # noqa: SIM118 - no mapping
+            opened, places = _opened(file), _Places(file)
+            found = {name: SafetensorsArray(name, file, opened, places) for name in opened.keys()}  # noqa: SIM118 - no mapping
             if named is not None and {*named} != {*found}:
                 odd = sorted({*named} ^ {*found})
                 raise CheckpointError(f"{file}: the index and the file differ over {', '.join(odd[:5])}")

@@ -12,6 +12,7 @@ from portax import layouts
 from portax.analysis import html_page
 from portax.checkpoints import config_json
 from portax.checkpoints.atomic_dir import refuse_existing
+from portax.cli import quantization
 from portax.config.model_config import ModelConfig
 from portax.config.shipped import config_path
 from portax.converters import converter_for, read_config
@@ -84,6 +85,7 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     text = "of maxtext-vllm: how gate and up are fused (default: per_shard)"
     parser.add_argument("--experts", choices=("per_shard", "whole", "as_loaded"), help=text)
     parser.add_argument("--dtype", choices=DTYPES, help="default: the layout's own")
+    quantization.add(parser)
     parser.add_argument("--strict-dtype", action="store_true", help="make a cast that loses precision an error")
     text = "leave out the trainer's leaves whose whole path it matches, such as '*/vision_encoder/*'; may be repeated"
     parser.add_argument("--leave", action="append", default=[], metavar="PATTERN", help=text)
@@ -199,10 +201,11 @@ def layout(args: argparse.Namespace) -> layouts.Layout:
 
     Raises:
         ConfigError: An engine without a tensor-parallel size, or an option that is not for it.
-        LayoutError: Its version or size is unknown.
+        LayoutError: Its version or size is unknown, or it was not run quantised in this way.
     """
     options: dict[str, Any] = {} if args.dtype is None else {"dtype": jnp.dtype(args.dtype)}
     kind = _LAYOUTS[args.layout]
+    options |= quantization.options(args, kind)
     named = _of_maxtext(args)
     if kind is not layouts.MaxTextVllm and named:
         option = next(iter(named)).replace("_", "-").replace("prefused", "not-prefused")

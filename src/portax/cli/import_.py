@@ -9,7 +9,7 @@ from rich.console import Group
 from portax._text.tables import plural, size, text_lines
 from portax.analysis.inspect import tree_table
 from portax.checkpoints.atomic_dir import free_space
-from portax.checkpoints.maxtext_import import import_checkpoint, new_arrays
+from portax.checkpoints.maxtext_import import import_checkpoint, new_arrays, unquantised
 from portax.checkpoints.reading import Checkpoint
 from portax.cli import arguments, inputs, output
 from portax.cli.command import Command
@@ -33,6 +33,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     text = "a tree for each layer, as for scan_layers=false"
     form.add_argument("--unscanned", action="store_false", dest="scanned", help=text)
     parser.add_argument("--dtype", choices=arguments.DTYPES, help="default: that of the tensors")
+    text = "turn a quantised checkpoint into bfloat16, values times scales; without, it is refused"
+    parser.add_argument("--dequantize", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     out = arguments.new_folder(args)
     weights = _opened(args.checkpoint)
     converter = converter_for(_config(args), layout=HuggingFace())
-    restoration = converter.restoration(weights, scanned=args.scanned, dtype=args.dtype)
+    tensors = unquantised(weights, dequantize=args.dequantize)
+    restoration = converter.restoration(tensors, scanned=args.scanned, dtype=args.dtype)
     if args.dry_run:
         tree = _tree(restoration)
         output.either(args, tree, Group(tree_table(tree), text_lines([_intent(restoration, out)])))
@@ -52,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
             out,
             scanned=args.scanned,
             dtype=args.dtype,
+            dequantize=args.dequantize,
             progress=report,
         )
     output.report(args, done)

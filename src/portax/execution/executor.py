@@ -17,6 +17,7 @@ from portax.execution import _compat
 from portax.execution.inputs import Input, Inputs, source_sharding, tree_sharding
 from portax.execution.propagate import Cuts, cuts_of, forwards, spec_of
 from portax.execution.reshard import lower
+from portax.execution.scale_check import ScaleCheck
 from portax.execution.schedule import ProgramCall, schedule
 from portax.execution.sharding import (
     automatic,
@@ -163,14 +164,20 @@ class Executor:
         Args:
             conversion: The tree, and its plan.
             work: The calls.
-            bucket_bytes: Most bytes in a bucket, if leaves permit; None makes each call a bucket.
+            bucket_bytes: Most bytes in a bucket, if leaves permit; None makes each call a bucket, which is yielded
+                unchecked, so that the next call runs meanwhile.
+
+        Raises:
+            QuantizationError: Values cannot be quantised; before their bucket, if it has a size.
         """
         inputs = conversion.inputs(self._read_mesh(conversion.tree))
         in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
         bucket: dict[str, jax.Array] = {}
         size = 0
+        checks: collections.deque[ScaleCheck] = collections.deque()
         for call in work:
             if bucket and (bucket_bytes is None or size + call.nbytes > bucket_bytes):
+                _settle(checks, keep=0 if bucket_bytes is not None else PROGRAMS_IN_FLIGHT)
                 yield bucket
                 bucket, size = {}, 0
             if len(in_flight) == PROGRAMS_IN_FLIGHT:  # what a consumer has already donated is ready
@@ -180,8 +187,10 @@ class Executor:
                 if release := getattr(conversion.tree.leaves[path], "release", None):
                     release()
             in_flight.append(finished)
+            checks.append(ScaleCheck(call.entries, finished.values()))
             bucket |= finished
             size += call.nbytes
+        _settle(checks, keep=0)
         yield bucket
 
     def _read_mesh(self, tree: ParamTree) -> Mesh | None:
@@ -284,6 +293,11 @@ class Executor:
             with jax.transfer_guard_host_to_device("allow"):  # a few bytes, also where a trainer forbids transfers
                 self._positions[key] = jax.device_put(np.array(position or (0,), np.int32), where)
         return self._positions[key]
+
+
+def _settle(checks: collections.deque[ScaleCheck], *, keep: int) -> None:
+    while len(checks) > keep:
+        checks.popleft().settle()
 
 
 def _make(

@@ -113,7 +113,7 @@ class QuantisedTorchax(TpuEngine):
         scales, spec = self._linear_scales(name, scales, parts[0].shape[0], cut)
         return (
             dataclasses.replace(weight, lossy=lossy),
-            Tensor(f"{weight.name}_scale", scales, spec, lossy=lossy),
+            Tensor(f"{weight.name}_scale", scales, spec, lossy=lossy, refuses_values=quantization.refuses_values),
         )
 
     def _matrix(self, name: str, kernel: Shaped[Array, "in out"], cut: tuple[Axes | None, ...]) -> Tensor:
@@ -162,9 +162,15 @@ class QuantisedTorchax(TpuEngine):
         held = _quantising.experts(quantization, block, shards=self.tp if backend == "gmm_tp" else 1)
         w13, w2, cut13, cut2 = getattr(self, f"_{backend}")(held.weights)
         s13, s2, scale_cut13, scale_cut2 = self._expert_scales(held.scales, backend, axes)
-        suffix = RECIPES[quantization.checkpoint].scale
+        suffix, refuses = RECIPES[quantization.checkpoint].scale, quantization.refuses_values
         return tuple(
-            Tensor(f"{name}.{leaf}", array, self._spec(*cut), lossy=held.lossy)
+            Tensor(
+                f"{name}.{leaf}",
+                array,
+                self._spec(*cut),
+                lossy=held.lossy,
+                refuses_values=refuses and leaf.endswith(suffix),
+            )
             for leaf, array, cut in (
                 ("w13_weight", _quantising.from_bytes(w13, held.dtype), cut13),
                 (f"w13_{suffix}", s13, scale_cut13),

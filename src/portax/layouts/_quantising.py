@@ -42,13 +42,14 @@ def linear_parts(quantization: Quantization, name: str, parts: Sequence[Matrix],
     if block is not None and inputs % block:
         raise QuantizationError(f"{name}: {variable}={block} does not divide its {inputs} inputs")
     counts = [part.shape[1] * times * (inputs // (block or inputs)) for part, times in zip(parts, copies, strict=True)]
+    dtype, mark = quantization.linear_dtype, quantization.refuses_values
     if not quantization.is_of_quantised_checkpoint:
         wide = quantization.is_wide(sum(counts))
-        return [_quantised(part, quantization.linear_dtype, 0, block, wide=wide) for part in parts]
+        return [_quantised(part, dtype, 0, block, wide=wide, mark=mark) for part in parts]
     if quantization.holds_checkpoint_bits:
         return [_as_loaded(quantization, name, part) for part in parts]
     return [
-        _quantised(_reloaded(quantization, name, part), quantization.linear_dtype, 0, block, wide=wide)
+        _quantised(_reloaded(quantization, name, part), dtype, 0, block, wide=wide, mark=mark)
         for part, wide in zip(parts, map(quantization.is_wide, counts), strict=True)
     ]
 
@@ -121,7 +122,9 @@ def experts(quantization: Quantization, block: blocks.FusedMoE, *, shards: int) 
     down = _padded(down, inputs=outer, outputs=inner)
     wide = quantization.scale_form == "wide"  # what XLA on CPU does was narrow in every run
     sizes = ((gate, inner), (up, inner), (down, outer))
-    return _experts(block, [_quantised(x, dtype, 1, size, wide=wide) for x, size in sizes], DTYPES[dtype], lossy)
+    mark = quantization.refuses_values
+    parts = [_quantised(x, dtype, 1, size, wide=wide, mark=mark) for x, size in sizes]
+    return _experts(block, parts, DTYPES[dtype], lossy)
 
 
 def _expert_blocks(quantization: Quantization, block: blocks.FusedMoE, *, shards: int) -> tuple[int, int]:
@@ -149,8 +152,8 @@ def _padded(x: Matrix, *, inputs: int, outputs: int) -> Matrix:
     return kernels.pad_axis(kernels.pad_axis(x, axis=1, multiple=inputs), axis=2, multiple=outputs)
 
 
-def _quantised(x: Matrix, dtype: str, axis: int, block: int | None, *, wide: bool) -> Part:
-    weights, scale = quantize(bits.from_bits(x), dtype=DTYPES[dtype], axis=axis, block=block, wide=wide)
+def _quantised(x: Matrix, dtype: str, axis: int, block: int | None, *, wide: bool, mark: bool) -> Part:
+    weights, scale = quantize(bits.from_bits(x), dtype=DTYPES[dtype], axis=axis, block=block, wide=wide, mark=mark)
     return as_bytes(weights), scale
 
 

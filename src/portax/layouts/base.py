@@ -27,7 +27,7 @@ OTHER_MODALITIES = r"(visual|vision_tower|multi_modal_projector|embed_vision|aud
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["array"],
-    meta_fields=["name", "spec", "in_decoder", "tied_to", "lossy", "rounded_to"],
+    meta_fields=["name", "spec", "in_decoder", "tied_to", "lossy", "rounded_to", "refuses_values"],
 )
 @dataclasses.dataclass(frozen=True)
 class Tensor:
@@ -41,6 +41,7 @@ class Tensor:
         tied_to: Name of the leaf whose values it repeats, if the model ties them.
         lossy: The steps that lose precision after the cast to the layout's dtype, such as quantisation.
         rounded_to: The dtype that its values were cast to before they were widened to its own; None if they were not.
+        refuses_values: True for scales that have to be finite; see `Quantization.refuses_values`.
 
     Example:
         >>> Tensor("self_attn.o_proj.weight", jnp.ones((64, 64)), jax.P("model", None)).in_decoder
@@ -54,6 +55,7 @@ class Tensor:
     tied_to: str | None = None
     lossy: tuple[str, ...] = ()
     rounded_to: Any = None
+    refuses_values: bool = False
 
 
 class Layout(abc.ABC):

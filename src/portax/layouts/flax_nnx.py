@@ -170,7 +170,13 @@ class FlaxNnx(TpuEngine):
         weight = f"{name}.{self._model.kernel}"
         return (
             Tensor(weight, weights, self._spec(*cut), lossy=lossy),
-            Tensor(f"{weight}_scale_inv", scales[0], self._spec(*cut[1:]), lossy=lossy),
+            Tensor(
+                f"{weight}_scale_inv",
+                scales[0],
+                self._spec(*cut[1:]),
+                lossy=lossy,
+                refuses_values=self._settings.refuses_values,
+            ),
         )
 
     def merged_linear(self, block: blocks.MergedLinear) -> tuple[Tensor, ...]:
@@ -266,9 +272,10 @@ class FlaxNnx(TpuEngine):
         s13, s2 = kernels.fuse_w13(gate, up, shards=shards)[:, :, None], scale[:, :, None]
         scale13 = (None, None, None, AXIS) if self.moe_backend == "gmm_tp" else cut13
         scale2 = () if self.moe_backend == "gmm_tp" and s2.shape[1] == 1 else cut2
+        refuses = self._settings.refuses_values
         gating, down = f"{block.name}.kernel_gating_upproj_EDF", f"{block.name}.kernel_down_proj_EFD"
         return tuple(
-            Tensor(name, array, self._spec(*cut), lossy=held.lossy)
+            Tensor(name, array, self._spec(*cut), lossy=held.lossy, refuses_values=refuses and name.endswith("_scale"))
             for name, array, cut in (
                 (gating, _quantising.from_bytes(w13, held.dtype), cut13),
                 (f"{gating}_weight_scale", s13, scale13),

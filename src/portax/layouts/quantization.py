@@ -42,6 +42,9 @@ class Quantization:
         moe_requantize_block_size: Inputs that share a scale; None for all.
         moe_requantize_clip_percentile: Percentile of an expert's magnitudes that its weights are clipped to.
         disable_weight_requantization: True holds weights of a block checkpoint as they came.
+        refuses_values: True makes a conversion and a sync raise for values that cannot be quantised, naming leaf and
+            channels: NaN, infinity, and channels whose scale would be denormal, which the engine takes for zeros.
+            False holds them as the engine does, as far as it repeats itself.
 
     Raises:
         QuantizationError: A value is unknown, or the settings do not go together, or were not run together.
@@ -66,6 +69,7 @@ class Quantization:
     moe_requantize_block_size: int | None = None
     moe_requantize_clip_percentile: float | None = None
     disable_weight_requantization: bool = False
+    refuses_values: bool = True
 
     def __post_init__(self):
         object.__setattr__(self, "bf16_linear_requantize_patterns", tuple(self.bf16_linear_requantize_patterns))
@@ -103,7 +107,7 @@ class Quantization:
         return {
             field.name.upper(): field.name
             for field in dataclasses.fields(cls)
-            if field.name not in ("checkpoint", "scale_form")
+            if field.name not in ("checkpoint", "scale_form", "refuses_values")
         }
 
     @property

@@ -31,6 +31,7 @@ class Entry:
         sources: The trainer leaves that its values come from.
         casts: Casts on the way that lose precision, such as `float32 -> bfloat16`.
         tied_to: The engine leaf whose values it repeats, if the model ties them.
+        refuses_values: True for scales that have to be finite.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Entry:
     sources: tuple[str, ...]
     casts: tuple[str, ...]
     tied_to: str | None
+    refuses_values: bool = False
 
     @property
     def nbytes(self) -> int:

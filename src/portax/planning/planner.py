@@ -94,6 +94,7 @@ def _entries(layout: Layout, module_prefix: str, group: LayerGroup, traced: Trac
                 sources=tuple(root + layer.path(source) for source in sources),
                 casts=_casts((layer.leaves[source].dtype for source in sources), dtype, tensor),
                 tied_to=tied,
+                refuses_values=tensor.refuses_values,
             )
 
 

@@ -12,6 +12,7 @@ from portax.errors import PlanError, Problem, SyncError
 from portax.execution.byte_counts import byte_count
 from portax.execution.executor import Arrays, Conversion, PreparedCall
 from portax.execution.inputs import Inputs, source_sharding, tree_sharding
+from portax.execution.scale_check import ScaleCheck
 from portax.execution.schedule import ProgramCall
 from portax.execution.sharding import automatic, device_order, mesh_of, on_sharding
 from portax.planning.jax_context import in_own_context
@@ -108,6 +109,8 @@ class WeightSync:
             PlanError: The trainer's tree or the engine's leaves are not what they should be; nothing was written.
             SyncError: Another sync into this engine is running, this one's or another object's; the trainer's devices
                 do not reach the engine's; or leaves differ afterwards (with `verify=True`).
+            QuantizationError: Values cannot be quantised: the engine is torn, or, with `atomic=True`, holds what it
+                held.
         """
         claim = Claim()
         with claim.lock:
@@ -263,19 +266,24 @@ class WeightSync:
         """
         inputs = self._inputs(conversion)
         last: dict[str, jax.Array] = {}
+        check = ScaleCheck((), ())
         for call, prepared, in_place in self._calls():
             donors = None if self._atomic else self._donate(call.names)
             with timed(seconds, "convert"):
                 arrays = prepared(inputs, donors or () if in_place else ()) if prepared is not None else ()
             made |= {name: array.sharding for name, array in zip(call.names, arrays, strict=False)}
+            of_made = ScaleCheck(call.entries, arrays)
             with timed(seconds, "convert" if in_place else "transfer"):
                 if not in_place:
                     arrived = self._route.send(arrays, donors, self._shapes(call))
                     arrays = tuple(map(on_sharding, arrived, self._shardings(call)))
+                check.settle()
                 ready = jax.block_until_ready(last)
             yield ready
             last = dict(zip(call.names, arrays, strict=True))
+            check = of_made if self._route.sends else ScaleCheck(call.entries, arrays)
         with timed(seconds, "convert"):
+            check.settle()
             ready = jax.block_until_ready(last)
         yield ready
 

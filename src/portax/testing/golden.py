@@ -236,7 +236,9 @@ def _quantization(content: Mapping[str, Any]) -> Quantization | None:
         environment = {name: value for name, value in content["env"].items() if not (native and "BF16_LINEAR_" in name)}
         if unknown := {*environment} - {*Quantization.variables()}:
             raise QuantizationError(f"{', '.join(sorted(unknown))} is no setting that is known")
-        return Quantization.of_environment(environment, checkpoint=content["checkpoint"], scale_form="xla_cpu")
+        found = Quantization.of_environment(environment, checkpoint=content["checkpoint"], scale_form="xla_cpu")
+        refuses = content.get("values") != "edges"  # of these it is known what the engine makes
+        return found and dataclasses.replace(found, refuses_values=refuses)
     except (KeyError, QuantizationError) as error:
         raise GoldenError(f"no layout reproduces weights quantised as {content['setting']}: {error}") from error
 

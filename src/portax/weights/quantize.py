@@ -24,9 +24,15 @@ _SIGN, _EXPONENT, _MAGNITUDE = np.uint32(0x80000000), np.uint32(0x7F800000), np.
 _NORMAL = np.float32(2.0**-126)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "axis", "block", "wide"), inline=True)
+@functools.partial(jax.jit, static_argnames=("dtype", "axis", "block", "wide", "mark"), inline=True)
 def quantize(
-    x: Float[Array, "..."], *, dtype: Any, axis: int, block: int | None = None, wide: bool = False
+    x: Float[Array, "..."],
+    *,
+    dtype: Any,
+    axis: int,
+    block: int | None = None,
+    wide: bool = False,
+    mark: bool = False,
 ) -> Quantised:
     """Quantises along one axis with a scale for each run of `block` elements.
 
@@ -40,6 +46,7 @@ def quantize(
         axis: The axis that is summed over in the matrix product.
         block: Elements that share a scale; None for the whole axis.
         wide: True keeps float32's precision in the scales of bfloat16.
+        mark: True makes a scale that would be denormal minus infinity, and not the zero that the engine has.
 
     Returns:
         The weights, and the scales with `axis` shortened to the number of blocks.
@@ -63,6 +70,8 @@ def quantize(
     scaled = values * inverse
     scaled = to_bfloat16(scaled) if narrow else scaled
     weights = cast(clip(scaled, lowest, highest), dtype)
+    if mark:
+        scale = marked(scale, largest, scale)
     return weights.reshape(x.shape), scale.reshape(*x.shape[:axis], blocks, *x.shape[axis + 1 :])
 
 
@@ -100,6 +109,13 @@ def magnitude(x: Float32[Array, "..."], *, axis: int | tuple[int, ...]) -> Float
     """Returns the largest magnitude over some axes, which stay with size 1; NaN wins, whatever the compiler."""
     raw = lax.bitcast_convert_type(x, jnp.uint32) & _MAGNITUDE
     return lax.bitcast_convert_type(raw.max(axis, keepdims=True), jnp.float32)
+
+
+def marked(
+    scale: Float32[Array, "..."], largest: Float32[Array, "..."], usable: Float32[Array, "..."]
+) -> Float32[Array, "..."]:
+    """Scales, or minus infinity where a channel has values and `usable`, which it needs, is zero."""
+    return jnp.where((largest > 0) & (usable == 0), -np.inf, scale)
 
 
 def flushed(x: Float32[Array, "..."]) -> Float32[Array, "..."]:

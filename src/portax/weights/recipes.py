@@ -2,7 +2,7 @@
 
 All take `[in, out]` matrices, of bfloat16 or, stacked on leading axes, several, and answer with weights and scales of
 the same orientation. What is divided is hidden from the compiler, which would multiply with reciprocals and
-merge quotients.
+merge quotients. A scale that would be denormal is minus infinity: see `quantize.marked`.
 """
 
 import dataclasses
@@ -22,9 +22,11 @@ from portax.weights.quantize import (
     as_float32,
     cast,
     clip,
+    flushed,
     is_integer,
     limits,
     magnitude,
+    marked,
     to_bfloat16,
 )
 
@@ -57,7 +59,8 @@ def fp8_block_hf(x: Float[Array, "*batch in out"]) -> Quantised:
     reciprocal = _sealed(np.float32(1) / jnp.where(largest == 0, 1, largest))
     factor = jnp.where(largest == 0, 1, reciprocal * np.float32(448))
     weights = cast(clip(tiles * factor, *limits(_FP8)), _FP8)
-    return _matrix(weights, x.shape), (np.float32(1) / _sealed(factor))[..., 0, :, 0]
+    scale = np.float32(1) / _sealed(factor)
+    return _matrix(weights, x.shape), marked(scale, largest, flushed(scale))[..., 0, :, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",), inline=True)
@@ -70,11 +73,12 @@ def channel(x: Float[Array, "*batch in out"], *, dtype: Any) -> Quantised:
     largest = magnitude(values, axis=-2)
     lowest, highest = limits(dtype)
     divisor = 127.5 if is_integer(dtype) else float(highest)
-    scale = to_bfloat16(largest / _hidden(divisor, largest))
+    quotient = largest / _hidden(divisor, largest)
+    scale = to_bfloat16(quotient)
     scale = jnp.where(scale == 0, jnp.finfo(jnp.bfloat16).eps.astype(np.float32), scale)
     scaled = to_bfloat16(values / scale)
     scaled = jnp.round(scaled) if is_integer(dtype) else scaled
-    return cast(clip(scaled, lowest, highest), dtype), scale
+    return cast(clip(scaled, lowest, highest), dtype), marked(scale, largest, flushed(quotient))
 
 
 @dataclasses.dataclass(frozen=True)
