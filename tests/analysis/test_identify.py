@@ -53,7 +53,7 @@ def test_every_real_checkpoint_is_named(name):
 
 @pytest.mark.parametrize("name", SOME_TREES)
 def test_every_tree_is_named(name):
-    config = ModelConfig.of(tree(name).config)
+    config = portax.read_config(tree(name).config)
     matches = told(tree(name).shapes)
     twins = [blocks for blocks in AMBIGUOUS if config.decoder_block in blocks and len(matches) > 1]
     if twins:
