@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Shaped
 
+from portax.planning.jax_context import fetch
 from portax.trainer.lazy_array import pieces
 
 _BLOCK_BYTES = 2**18  # compared at a time: it stays in a core's cache
@@ -62,7 +63,7 @@ def compare(a: Any, b: Any, *, piece_bytes: int, progress: Callable[[int], None]
         progress: Called with the number of bytes of `a` compared since its last call.
     """
     dtype = common_dtype(np.dtype(a.dtype), np.dtype(b.dtype))
-    a, b = (np.asarray(side) if isinstance(side, jax.Array) else side for side in (a, b))
+    a, b = (fetch(side) if isinstance(side, jax.Array) else side for side in (a, b))
     found = Found()
     if not math.prod(a.shape):
         return found

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax
 from jaxtyping import Array, Shaped
 
 from portax._text.report import Progress, Report, no_progress
@@ -25,6 +24,7 @@ from portax.checkpoints.safetensors_writer import Part, ShardWriter
 from portax.converters.base import BaseConverter
 from portax.execution.byte_counts import byte_count
 from portax.execution.schedule import schedule
+from portax.planning.jax_context import fetch
 from portax.planning.plan import Entry, Plan
 from portax.trainer.param_tree import Params
 
@@ -120,7 +120,7 @@ def export(
         progress(sum(shard.tensor_bytes for shard in shards if shard not in todo), plan.bytes_out)
         with ShardWriter(unfinished, todo, lambda done: progress(done, plan.bytes_out)) as writer:
             parts = work.parts({name for shard in todo for name in shard.offsets})
-            consume_behind(parts, lambda bucket: writer.write(jax.device_get(bucket)))
+            consume_behind(parts, lambda bucket: writer.write(fetch(bucket)))
         write_text(unfinished / INDEX, index(shards))
         if hub_config is not None:
             told = config_json.with_quantization(config_json.with_dtype(hub_config, plan), converter.layout, plan)

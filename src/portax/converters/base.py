@@ -233,7 +233,7 @@ class BaseConverter(abc.ABC):
         """Returns the configuration of a model of this family.
 
         Args:
-            source: ConfigSourcething that `ModelConfig.of` reads, or a hub `config.json`, as a mapping or a path.
+            source: Anything that `ModelConfig.of` reads, or a hub `config.json`, as a mapping or a path.
 
         Raises:
             ConfigError: Fields are missing, of the wrong kind, or contradict each other, or it is of another family.

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from jaxtyping import Array, Shaped
 
 from portax.execution import _compat
-from portax.execution.inputs import Input, Inputs, source_sharding, tree_sharding
+from portax.execution.inputs import Input, Inputs, allowing_host, source_sharding, tree_sharding
 from portax.execution.propagate import Cuts, cuts_of, forwards, spec_of
 from portax.execution.reshard import lower
 from portax.execution.scale_check import ScaleCheck
@@ -69,7 +69,9 @@ class PreparedCall:
             inputs: The inputs of the tree.
             donors: Arrays whose buffers the results take over, with the results' partitioning, on the source's devices.
         """
-        outputs = self.program(inputs.arrays(self.call), self.position, tuple(map(automatic_axes, donors)))
+        arrays = inputs.arrays(self.call)
+        with allowing_host(arrays):
+            outputs = self.program(arrays, self.position, tuple(map(automatic_axes, donors)))
         if self.results is None:
             return outputs
         return tuple(on_sharding(output, target) for output, target in zip(outputs, self.results, strict=True))
@@ -205,7 +207,8 @@ class Executor:
             targets = tuple(NamedSharding(self._mesh, entry.spec) for entry in call.entries)
         outputs = self.prepare(conversion, call, targets, donating=False, inputs=inputs)(inputs)
         if targets is not None and device_order(outputs[0].sharding) != device_order(targets[0]):
-            outputs = jax.device_put(outputs, targets)
+            with jax.transfer_guard_device_to_device("allow"):  # to the mesh that the caller named
+                outputs = jax.device_put(outputs, targets)
         return dict(zip(call.names, outputs, strict=True))
 
     def prepare(

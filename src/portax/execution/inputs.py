@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import jax
@@ -18,6 +19,7 @@ from portax.execution.sharding import (
     spread,
     without_scan_axes,
 )
+from portax.planning.jax_context import fetch
 from portax.trainer.lazy_array import LazyArray
 from portax.trainer.param_tree import ParamTree
 
@@ -103,7 +105,8 @@ class Inputs:
             return leaf[at] if at else leaf  # type: ignore[index]
         if isinstance(leaf, LazyArray):
             if path not in self._held:
-                self._held[path] = _read(leaf, at, self._mesh)
+                with jax.transfer_guard_host_to_device("allow"):
+                    self._held[path] = _read(leaf, at, self._mesh)
             return self._held[path]
         if leaf.is_deleted():
             name = self._tree.root + call.layer.path(path)
@@ -113,7 +116,8 @@ class Inputs:
             )
         if is_on_host(leaf.sharding):
             if path not in self._held:
-                self._held[path] = _from_host(leaf, at, self._shape(call, path).shape.sharding)
+                with jax.transfer_guard_host_to_device("allow"):
+                    self._held[path] = _from_host(leaf, at, self._shape(call, path).shape.sharding)
             return self._held[path]
         return automatic_axes(leaf)
 
@@ -151,6 +155,12 @@ def _within(at: _Index, part: tuple[slice, ...]) -> tuple[int | slice, ...]:
     return tuple(next(parts) if isinstance(where, slice) else where for where in at) + tuple(parts)
 
 
+def allowing_host(arrays: tuple[Any, ...]) -> AbstractContextManager:
+    """Allows transfers from the host, whatever a trainer forbids, if some of a program's arguments are there."""
+    there = any(isinstance(array, np.ndarray | np.generic) for array in arrays)
+    return jax.transfer_guard_host_to_device("allow") if there else nullcontext()
+
+
 def _read(leaf: LazyArray, at: _Index, mesh: Mesh | None) -> jax.Array:
     if mesh is None:
         return jax.device_put(leaf[at or ...])
@@ -178,8 +188,6 @@ def _from_host(leaf: jax.Array, at: _Index, sharding: Sharding) -> jax.Array:
         for axis in scanned
     )
     if not whole:
-        return jax.device_put(np.asarray(leaf)[at], sharding)
-    parts = [
-        jax.device_put(np.asarray(shards[device].data)[at or ...], device) for device in sharding.addressable_devices
-    ]
+        return jax.device_put(fetch(leaf)[at], sharding)
+    parts = [jax.device_put(fetch(shards[device].data)[at or ...], device) for device in sharding.addressable_devices]
     return jax.make_array_from_single_device_arrays(shape, sharding, parts, dtype=leaf.dtype)

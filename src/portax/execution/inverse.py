@@ -11,6 +11,7 @@ from jaxtyping import Shaped
 
 from portax.config.model_config import ModelConfig
 from portax.errors import LayoutError, PlanError, Problem
+from portax.planning.jax_context import each_in_own_context, fetch
 from portax.planning.plan import Entry, Plan
 from portax.planning.trace import Hooks
 from portax.trainer.layer_params import LayerParams, own_shape
@@ -77,6 +78,9 @@ class Restoration:
         Raises:
             LayoutError: The layout holds some elements more than once, or not at all; before the first layer.
         """
+        return each_in_own_context(self._restored())
+
+    def _restored(self) -> Iterator[tuple[LayerSlice, Tree]]:
         inverses = [_Inverse(self._hooks, group) for group in self._groups]
         entries = iter(self._plan.entries)
         for inverse, group, count in zip(inverses, self._groups, self._plan.tensors_per_layer, strict=True):
@@ -130,7 +134,7 @@ class _Inverse:
     ) -> Tree:
         bits = []
         for entry in itertools.compress(entries, self._own):
-            tensor = np.asarray(weights[entry.name][...]).astype(types[entry.name], copy=False)
+            tensor = _host(weights[entry.name]).astype(types[entry.name], copy=False)
             bits.append(tensor.view(_BITS[tensor.dtype.itemsize]).astype(np.uint32))
         leaves = {}
         for path, leaf in self._on_host(bits).items():
@@ -201,5 +205,9 @@ def _repeats(name: str, entries: Iterable[Entry], weights: Mapping[str, Any]) ->
     return any(_bytes(weights[name]) == _bytes(weights[other]) for other in same)
 
 
+def _host(array: Any) -> np.ndarray:
+    return np.asarray(fetch(array) if isinstance(array, jax.Array) else array[...])
+
+
 def _bytes(array: Any) -> bytes:
-    return np.asarray(array[...]).tobytes()
+    return _host(array).tobytes()

@@ -10,6 +10,7 @@ import numpy as np
 from portax.config.model_config import ModelConfig
 from portax.errors import PlanError, Problem
 from portax.execution.sharding import automatic_axes, is_on_host
+from portax.planning.jax_context import fetch
 from portax.trainer.padding import Padding
 from portax.trainer.param_tree import ParamTree
 
@@ -23,8 +24,7 @@ def check_padding(tree: ParamTree, padded: dict[str, Padding], config: ModelConf
         config: The model's configuration.
     """
     found = {path: _any(tree.leaves[path], padding) for path, padding in padded.items()}
-    with jax.transfer_guard_device_to_host("allow"):  # a flag each, also where a trainer forbids transfers
-        wrong = [path for path, flag in found.items() if bool(flag)]
+    wrong = [path for path, flag in fetch(found).items() if flag]
     if wrong:
         raise PlanError(_problem(tree.root + path, padded[path], config) for path in wrong)
 
@@ -34,7 +34,7 @@ def _any(leaf: Any, padding: Padding) -> Any:
     if isinstance(leaf, jax.Array) and not is_on_host(leaf.sharding):
         return _any_on_device(automatic_axes(leaf), padding)
     if isinstance(leaf, jax.Array):
-        leaf = np.asarray(leaf)
+        leaf = fetch(leaf)
     return any(bool(np.any(leaf[place] != 0)) for place in padding.places)
 
 

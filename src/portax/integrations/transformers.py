@@ -16,6 +16,7 @@ from portax._text.timing import timed
 from portax.checkpoints import config_json
 from portax.checkpoints.hf_export import BUCKET_BYTES
 from portax.errors import MissingPackageError, ValidationError
+from portax.planning.jax_context import fetch
 from portax.planning.plan import Plan
 from portax.validation.session import Engine, Generated, Job, Loaded
 
@@ -95,7 +96,7 @@ def _model_class(job: Job) -> tuple[Any, Any]:
 
 def _tensor(leaf: jax.Array) -> "torch.Tensor":
     """Copies an array bit for bit: torch cannot read numpy's bfloat16."""
-    host = np.array(leaf)
+    host = np.array(fetch(leaf))
     if host.dtype == jnp.bfloat16:
         return torch.from_numpy(host.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(host)

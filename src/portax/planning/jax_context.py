@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -19,7 +19,8 @@ def own_context() -> Iterator[None]:
     """Runs the block as if the caller had set no mesh, and no switch that changes how programs are made or run.
 
     Trainers call from inside `jax.set_mesh(...)`, whose devices need not be the engine's, with `jax.disable_jit()` or
-    with checks that stop at the first NaN; none of these concern moving weights. Transfer guards stay as they are.
+    with checks that stop at the first NaN; none of these concern moving weights. Transfer guards stay as they are: each
+    transfer that a caller asks for is allowed where it happens.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -30,6 +31,8 @@ def own_context() -> Iterator[None]:
         stack.enter_context(jax.debug_nans(False))
         stack.enter_context(jax.debug_infs(False))
         stack.enter_context(jax.check_tracer_leaks(False))
+        stack.enter_context(jax.no_tracing(False))
+        stack.enter_context(jax.no_execution(False))
         stack.enter_context(jax.numpy_dtype_promotion("standard"))
         stack.enter_context(jax.numpy_rank_promotion("allow"))
         stack.enter_context(jax.default_device(None))
@@ -55,3 +58,13 @@ def each_in_own_context(iterator: Iterator[_T]) -> Iterator[_T]:
         if item is _END:
             return
         yield item  # type: ignore[misc]
+
+
+def fetch(arrays: Any) -> Any:
+    """Returns arrays as host arrays, also where a trainer forbids transfers: for results that are wanted on the host.
+
+    Args:
+        arrays: One array, or a tree of them.
+    """
+    with jax.transfer_guard_device_to_host("allow"):
+        return jax.device_get(arrays)

@@ -9,6 +9,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Shaped, UInt32
 
+from portax.planning.jax_context import fetch
+
 _SEEDS = (0x9E3779B1, 0x85EBCA77)
 _IN_FLIGHT = 8  # sums over devices; with a hundred at a time, simulated devices wait for each other for ever
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
@@ -50,6 +52,4 @@ def fingerprints(leaves: Iterable[Any]) -> list[tuple[int, int] | None]:
         if len(marks) >= _IN_FLIGHT:
             jax.block_until_ready(marks[-_IN_FLIGHT])
         marks.append(None if isinstance(leaf, jax.Array) and leaf.is_deleted() else fingerprint(leaf))
-    with jax.transfer_guard_device_to_host("allow"):  # a few bytes, also where a trainer forbids transfers
-        fetched = jax.device_get(marks)
-    return [None if mark is None else (int(mark[0]), int(mark[1])) for mark in fetched]
+    return [None if mark is None else (int(mark[0]), int(mark[1])) for mark in fetch(marks)]

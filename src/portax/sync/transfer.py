@@ -15,6 +15,7 @@ from jaxtyping import Array, Shaped
 from portax._text.names import numbers
 from portax.errors import SyncError
 from portax.execution.executor import Arrays
+from portax.planning.jax_context import fetch
 from portax.planning.plan import Plan
 from portax.weights import bits
 
@@ -40,7 +41,8 @@ class LocalTransfer:
 
     def send(self, arrays: Arrays, donors: Arrays | None, shapes: Shapes) -> Arrays:
         """As `CrossProcessTransfer.send`."""
-        arrived = jax.device_put(arrays, tuple(shape.sharding for shape in shapes))
+        with jax.transfer_guard_device_to_device("allow"):  # to the engine's devices
+            arrived = jax.device_put(arrays, tuple(shape.sharding for shape in shapes))
         return arrived if donors is None else _settled(arrived, donors)
 
     def shared(self, marks: Marks, count: int) -> Marks:
@@ -122,9 +124,10 @@ class CrossProcessTransfer:
             count: Number of fingerprints.
         """
         words = np.array([(0, 0, 0) if mark is None else (1, *mark) for mark in marks or [None] * count], np.uint32)
-        rows = [jax.device_put(words[None], device) for device in self._own]
+        with jax.transfer_guard_host_to_device("allow"):  # a few bytes
+            rows = [jax.device_put(words[None], device) for device in self._own]
         stacked = jax.make_array_from_single_device_arrays((self._mesh.size, *words.shape), self._cut, rows)
-        return [(int(a), int(b)) if known else None for known, a, b in np.asarray(self._highest(stacked))]
+        return [(int(a), int(b)) if known else None for known, a, b in fetch(self._highest(stacked))]
 
     def _send(self, stacks: list[Shaped[Array, "..."]]) -> list[Shaped[Array, "..."]]:
         def sent(shard):
