@@ -134,9 +134,9 @@ def test_chips_that_count_memory_from_the_same_address(monkeypatch):
     """Addresses are told apart by their device: the third buffer of one chip is not the third of another one."""
     numbers: dict = {}
 
-    def counted(shard):
-        held = numbers.setdefault(shard.device, {})
-        return held.setdefault(shard.data.unsafe_buffer_pointer(), len(held))
+    def counted(data):
+        held = numbers.setdefault(data.device, {})
+        return held.setdefault(data.unsafe_buffer_pointer(), len(held))
 
     monkeypatch.setattr(engine_state, "_address", counted)
     sync, state, params, golden = made(DENSE, on=grid(4, 4, data=2, model=2), trainer=grid(0, 4, fsdp=4))

@@ -50,6 +50,15 @@ def test_two_syncs_after_scrambling_leave_exactly_the_golden_leaves(name, tp, co
         assert state[path].sharding == sharding
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_every_call_is_prepared_once(ahead, monkeypatch):
+    sync, state, params, golden = made(MOE, ahead=ahead)
+    sync(other(params))
+    monkeypatch.setattr(executor.Executor, "prepare", lambda *_, **__: pytest.fail("prepared again"))
+    sync(params)
+    assert wrong(state, golden) == []
+
+
 MESHES = {
     "same devices, other axes": (grid, (0, 8), {"fsdp": 8}, (0, 8), {"data": 4, "model": 2}),
     "one device": (grid, (0, 1), {"all": 1}, (0, 2), {"data": 1, "model": 2}),

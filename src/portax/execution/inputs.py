@@ -61,7 +61,7 @@ class Inputs:
 
     def shapes(self, call: ProgramCall) -> tuple[Input, ...]:
         """Returns the arguments of a call, as shapes, in the order of what it needs."""
-        return tuple(self._shape(call, path) for path in call.needs)
+        return tuple(self._shape(call, *read) for read in call.reads)
 
     def arrays(self, call: ProgramCall) -> tuple[Any, ...]:
         """Returns the arguments of a call, in the order of what it needs.
@@ -71,16 +71,13 @@ class Inputs:
         """
         if call.layer is not self._layer:
             self._layer, self._held = call.layer, {}
-        found = tuple(self._array(call, path) for path in call.needs)
+        found = tuple(self._array(call, *read) for read in call.reads)
         if call.last:
             self._layer, self._held = None, {}
         return found
 
-    def _leaf(self, call: ProgramCall, path: str) -> Any:
-        return self._tree.leaves[call.layer.path(path)]
-
-    def _shape(self, call: ProgramCall, path: str) -> Input:
-        leaf, at = self._leaf(call, path), call.layer.at(call.group.scan_axis(path))
+    def _shape(self, call: ProgramCall, path: str, whole: str, at: _Index) -> Input:
+        leaf = self._tree.leaves[whole]
         sharding = getattr(leaf, "sharding", None)
         own = without_scan_axes(sharding, len(leaf.shape), call.group.scan_axis(path), len(call.group.scan))
         own = None if own is None else automatic(on_device(own))  # type: ignore[assignment]
@@ -99,8 +96,8 @@ class Inputs:
             sharding = automatic(sharding)
         return Input(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), not at, own)
 
-    def _array(self, call: ProgramCall, path: str) -> Any:
-        leaf, at = self._leaf(call, path), call.layer.at(call.group.scan_axis(path))
+    def _array(self, call: ProgramCall, path: str, whole: str, at: _Index) -> Any:
+        leaf = self._tree.leaves[whole]
         if isinstance(leaf, np.ndarray | np.generic):
             return leaf[at] if at else leaf  # type: ignore[index]
         if isinstance(leaf, LazyArray):
@@ -109,15 +106,15 @@ class Inputs:
                     self._held[path] = _read(leaf, at, self._mesh)
             return self._held[path]
         if leaf.is_deleted():
-            name = self._tree.root + call.layer.path(path)
             raise SyncError(
-                f"{name}: found a deleted array; expected a live one until the last bucket is made. Likely cause: it "
-                "was freed, or donated to the next training step, between two buckets: take all of them before that"
+                f"{self._tree.root + whole}: found a deleted array; expected a live one until the last bucket is made. "
+                "Likely cause: it was freed, or donated to the next training step, between two buckets: take all of "
+                "them before that"
             )
         if is_on_host(leaf.sharding):
             if path not in self._held:
                 with jax.transfer_guard_host_to_device("allow"):
-                    self._held[path] = _from_host(leaf, at, self._shape(call, path).shape.sharding)
+                    self._held[path] = _from_host(leaf, at, self._shape(call, path, whole, at).shape.sharding)
             return self._held[path]
         return automatic_axes(leaf)
 

@@ -50,6 +50,12 @@ class ProgramCall:
         ends = {path: self.layer.path(path) for path in self.group.paths}
         return tuple(path for path, end in ends.items() if any(source.endswith(end) for source in sources))
 
+    @functools.cached_property
+    def reads(self) -> tuple[tuple[str, str, tuple[int | slice, ...]], ...]:
+        """What it needs: the path relative to the layer, the leaf's path, and the layer's index in that leaf."""
+        places = ((path, self.group.scan_axis(path)) for path in self.needs)
+        return tuple((path, self.layer.path(path), self.layer.at(axis)) for path, axis in places)
+
 
 def schedule(
     plan: Plan,

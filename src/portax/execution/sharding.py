@@ -32,6 +32,7 @@ def check_arrays(tree: ParamTree) -> None:
         raise PlanError(problems)
 
 
+@functools.lru_cache(maxsize=4096)
 def is_on_host(sharding: Sharding | None) -> bool:
     """Tells whether arrays with this sharding are in the host's memory, where no program can read them."""
     kind = getattr(sharding, "memory_kind", None)

@@ -24,7 +24,7 @@ def own_context() -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(jax.set_mesh(Mesh(np.empty((), object), ())))
+            stack.enter_context(jax.set_mesh(_no_mesh()))
         except ValueError:  # inside a transformation, where only shapes are of use
             stack.enter_context(jax.sharding.use_abstract_mesh(AbstractMesh((), ())))
         stack.enter_context(jax.disable_jit(False))
@@ -37,6 +37,11 @@ def own_context() -> Iterator[None]:
         stack.enter_context(jax.numpy_rank_promotion("allow"))
         stack.enter_context(jax.default_device(None))
         yield
+
+
+@functools.cache
+def _no_mesh() -> Mesh:
+    return Mesh(np.empty((), object), ())
 
 
 def in_own_context(function: Callable[_P, _T]) -> Callable[_P, _T]:

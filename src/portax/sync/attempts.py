@@ -24,11 +24,15 @@ class Attempt:
     Attributes:
         number: Its place among all of this process.
         cause: The error that ended it; empty if there was none.
+        written: The mark of what it has written.
+        lost: The mark of what it has given away, and not yet written.
     """
 
     def __init__(self):
         self.number = next(_numbers)
         self.cause = ""
+        self.written = _Mark(self, lost=False)
+        self.lost = _Mark(self, lost=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +68,12 @@ _marks = _Marks()
 
 def mark_written(array: jax.Array, attempt: Attempt) -> None:
     """Records the attempt that made an array. Call it before the array goes into an engine, in case of an interrupt."""
-    _marks[array] = _Mark(attempt, lost=False)
+    _marks[array] = attempt.written
 
 
 def mark_lost(array: jax.Array, attempt: Attempt) -> None:
     """Records the attempt that gave an array's buffer to a program, or found wrong bits in it."""
-    _marks[array] = _Mark(attempt, lost=True)
+    _marks[array] = attempt.lost
 
 
 def torn(leaves: Mapping[str, Any]) -> Torn | None:

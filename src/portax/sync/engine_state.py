@@ -118,12 +118,13 @@ class EngineState:
                 continue
             if leaf.is_deleted():
                 continue  # lost by a sync that failed; `donate` makes a new one
+            same = (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
+            if same and leaf.sharding == shape.sharding:  # its memory's kind, too
+                continue
             if problem := _offloaded(name, leaf):
                 problems.append(problem)
                 continue
-            if (leaf.shape, leaf.dtype) != (shape.shape, shape.dtype) or not leaf.sharding.is_equivalent_to(
-                shape.sharding, leaf.ndim
-            ):
+            if not same or not leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim):
                 expected = f"{shape.dtype}{list(shape.shape)}, {shape.sharding}, as when the sync was made"
                 cause = "the engine was restarted or loaded other weights: make a new WeightSync"
                 problems.append(Problem(name, f"{leaf.dtype}{list(leaf.shape)}, {leaf.sharding}", expected, cause))
@@ -189,13 +190,15 @@ class EngineState:
 
 def pointer(leaf: Any) -> Any:
     """Returns device, memory and address of this process's first buffer; a unique value if there is none."""
-    shards = leaf.addressable_shards if isinstance(leaf, jax.Array) and not leaf.is_deleted() else ()
-    return (shards[0].device, leaf.sharding.memory_kind, _address(shards[0])) if shards else id(leaf)
+    if not isinstance(leaf, jax.Array) or leaf.is_deleted() or not leaf.sharding.addressable_devices:
+        return id(leaf)
+    first = leaf.addressable_data(0)  # `addressable_shards` makes an object for every device
+    return first.device, leaf.sharding.memory_kind, _address(first)
 
 
-def _address(shard: Any) -> int:
+def _address(data: jax.Array) -> int:
     """Returns the address of a shard in the memory of its device; two devices may have equal ones."""
-    return shard.data.unsafe_buffer_pointer()
+    return data.unsafe_buffer_pointer()
 
 
 def _offloaded(name: str, leaf: jax.Array) -> Problem | None:

@@ -163,7 +163,7 @@ def route_between(
         SyncError: As `CrossProcessTransfer`.
     """
     if not sources or _indices(sources) == _indices(targets):
-        return LocalTransfer()
+        return existing if isinstance(existing, LocalTransfer) else LocalTransfer()
     if isinstance(existing, CrossProcessTransfer) and existing.ends == (sources, targets):
         return existing
     return CrossProcessTransfer(sources, targets)
