@@ -8,7 +8,7 @@ from conftest import CHECKPOINTS, GOLDEN, command, tree
 
 import portax
 from portax.checkpoints import config_json
-from portax.integrations import vllm
+from portax.integrations.vllm import validation_engine as vllm
 from portax.layouts import HuggingFace, TpuInference
 from portax.validation import session
 from portax.validation.coverage import coverage
