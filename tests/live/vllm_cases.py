@@ -31,23 +31,25 @@ class Case:
         golden: Where its configurations come from.
         trainer: What is other in the trainer's.
         hub: What is other in the hub's.
+        prefix: The module around the language model in the engine's class; None for the family's own.
     """
 
     golden: str
     trainer: dict
     hub: dict
+    prefix: str | None = None
 
     def converter(self):
         """The converter, for an engine in bfloat16."""
         import portax
 
-        config = json.loads((GOLDEN / self.golden / "source.json").read_text())["config"] | self.trainer
-        return portax.converter_for(config, layout=portax.layouts.HuggingFace(dtype="bfloat16"))
+        layout = portax.layouts.HuggingFace(dtype="bfloat16")
+        return portax.converter_for(trainer_config(self), layout=layout, module_prefix=self.prefix)
 
     def hub_config(self):
-        """The hub's config.json."""
-        found = json.loads((GOLDEN / self.golden / "config.json").read_text()) | self.hub
-        return {key: value for key, value in found.items() if value is not None}
+        """The hub's config.json; of a multimodal model, that of its text part."""
+        found = json.loads((GOLDEN / self.golden / "config.json").read_text())
+        return (found | found.get("text_config", {})) | self.hub
 
     def params(self, seed, dtype="float32"):
         """Random weights of a size that tells in the tokens."""
@@ -62,9 +64,30 @@ class Case:
         return tree
 
 
+_TIED = {
+    "qwen3-tied": Case("qwen3-0.6b.scan", HEADS, HUB_HEADS),
+    "qwen2.5": Case("qwen2.5-1.5b.scan", HEADS, HUB_HEADS),
+}
+_WIDE = {"base_moe_mlp_dim": 48, "moe_mlp_dim": 48}  # experts that are no multiple of 32 wide, which are padded
+_MOE = {
+    "qwen3-moe": Case("qwen3-30b-a3b.scan", HEADS, HUB_HEADS),
+    "qwen3-moe-padded": Case("qwen3-30b-a3b.scan", HEADS | _WIDE, HUB_HEADS | {"moe_intermediate_size": 48}),
+}
+_TEXT = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "query_pre_attn_scalar": 32}
+GEMMA3 = Case("gemma3-4b.scan", HEADS, HUB_HEADS | _TEXT, prefix="")
 CASES = {
     "qwen3": Case("qwen3-8b.scan", HEADS, HUB_HEADS),
+    "llama3.1": Case("llama3.1-8b.scan", HEADS, HUB_HEADS),
+    **_TIED,
+    **_MOE,
+    "gemma3": GEMMA3,
 }
+UNREPAIRED = (*_TIED, *_MOE, "gemma3")  # wrong on a CPU without the repairs
+
+
+def trainer_config(case):
+    """The trainer's configuration of a case."""
+    return json.loads((GOLDEN / case.golden / "source.json").read_text())["config"] | case.trainer
 
 
 def engine(folder, load_format, **options):

@@ -21,7 +21,8 @@ class LocalEngine:
         self._llm = llm
         if not hasattr(llm.llm_engine, "model_executor"):
             raise SyncError(
-                "the engine's core runs in another process: set VLLM_ENABLE_V1_MULTIPROCESSING=0 before vLLM is imported"
+                "the engine's core runs in another process: set VLLM_ENABLE_V1_MULTIPROCESSING=0 before vLLM is "
+                "imported"
             )
         config = llm.llm_engine.vllm_config
         if config.parallel_config.world_size > 1:
@@ -42,6 +43,11 @@ class LocalEngine:
         self._llm.init_weight_transfer_engine({"init_info": {"tensors": tensors, "answer": answer}})
         return answer
 
+    @property
+    def identity(self) -> Any:
+        """The object that two syncs must not work on at once."""
+        return self._llm
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Keeps the engine from working on requests.
@@ -58,7 +64,9 @@ class LocalEngine:
             self._llm.wake_up(tags=["scheduling"])
 
     def start(self) -> None:
-        """Starts an update."""
+        """Starts an update; ends one that a trainer left behind which is gone."""
+        if self.ask(None)["active"]:
+            self.abandon("the trainer that had started it did not finish it")
         self._llm.start_weight_update()
 
     def update(self, bucket: dict[str, Any]) -> None:

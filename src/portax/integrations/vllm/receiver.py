@@ -9,6 +9,7 @@ import torch
 from portax.errors import Problem
 from portax.integrations.vllm.api import api
 from portax.integrations.vllm.cpu_repairs import CpuRepairs, NoRepairs, repairs_for
+from portax.integrations.vllm.history import History
 from portax.integrations.vllm.rehearsal import Arriving, Rehearsal, rehearse
 from portax.integrations.vllm.reload_state import abort, is_waiting
 from portax.integrations.vllm.unsupported import unsupported
@@ -22,7 +23,7 @@ class InitInfo(_base.WeightTransferInitInfo):
 
     Attributes:
         tensors: Name, dtype and shape of every tensor to come; None to ask for the state alone.
-        answer: Receives `problems`, and the state: `torn`.
+        answer: Receives `problems`, and the state: `torn`, and True for `active` while an update goes on.
     """
 
     answer: dict[str, Any]
@@ -35,14 +36,14 @@ class UpdateInfo(_base.WeightTransferUpdateInfo):
 
     Attributes:
         tensors: Names and tensors.
-        abandon: Why the update ends here; it raises `Abandoned`, after which vLLM takes another.
+        abandon: Why the update ends here; it raises `AbandonedError`, after which vLLM takes another.
     """
 
     tensors: list | None = None
     abandon: str = ""
 
 
-class Abandoned(RuntimeError):
+class AbandonedError(RuntimeError):
     """The trainer has given up an update."""
 
 
@@ -59,21 +60,23 @@ class Receiver(_base.WeightTransferEngine[InitInfo, UpdateInfo]):
         self._rehearsal = Rehearsal()
         self._arrived: set[str] = set()
         self._repairs: CpuRepairs | NoRepairs = NoRepairs(model)
-        self._torn: dict[str, Any] | None = None
+        self._history = History()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Rehearses the update of these tensors, unless the last one was the same, and answers."""
         if init_info.tensors is not None:
             problems = self._plan([Arriving(name, dtype, tuple(shape)) for name, dtype, shape in init_info.tensors])
             init_info.answer["problems"] = [dataclasses.astuple(problem) for problem in problems]
-        init_info.answer["torn"] = self._torn
+        waiting = self._waiting()
+        init_info.answer["active"] = bool(waiting)
+        init_info.answer["torn"] = self._history.torn(self._old(waiting))
 
     def start_weight_update(self) -> None:
         """Takes the parameters away, layer by layer to be given back."""
         if not self._expected or self._rehearsal.problems:
             raise RuntimeError("an update that was not planned, or whose plan has problems")
         self._arrived = set()
-        self._torn = {"new": (), "old": tuple(self._expected), "lost": (), "cause": "an update that goes on"}
+        self._history.start(self._expected)
         self._repairs = repairs_for(self.device)(self.model)
         api().layerwise.initialize_layerwise_reload(self.model)
 
@@ -81,7 +84,7 @@ class Receiver(_base.WeightTransferEngine[InitInfo, UpdateInfo]):
         """Loads tensors; each finished layer is written into the memory of the old one."""
         try:
             if update_info.abandon:
-                raise Abandoned(update_info.abandon)
+                raise AbandonedError(update_info.abandon)
             tensors = update_info.tensors or []
             self._check(tensors)
             self.model.load_weights(iter(tensors))
@@ -99,7 +102,7 @@ class Receiver(_base.WeightTransferEngine[InitInfo, UpdateInfo]):
         except BaseException as error:
             self._abort(repr(error))
             raise
-        self._torn = None
+        self._history.end(old=())
 
     def shutdown(self) -> None:
         """Holds nothing that would have to be released."""
@@ -108,8 +111,8 @@ class Receiver(_base.WeightTransferEngine[InitInfo, UpdateInfo]):
         refused = unsupported(self.vllm_config)
         if refused or tensors == list(self._expected.values()):
             return refused or self._rehearsal.problems
-        if any(map(is_waiting, self.model.modules())):
-            self._abort("another update, whose trainer has gone")
+        if self._waiting():
+            self._abort("another trainer started another update")
         self._expected = {each.name: each for each in tensors}
         self._rehearsal = rehearse(self.model, tensors)
         return self._rehearsal.problems
@@ -125,10 +128,14 @@ class Receiver(_base.WeightTransferEngine[InitInfo, UpdateInfo]):
             self._arrived.add(name)
 
     def _abort(self, cause: str) -> None:
-        waiting = {path for path, module in self.model.named_modules() if is_waiting(module)}
-        modules = self._rehearsal.modules
-        old = [name for name in self._expected if modules.get(name, set()) & waiting]
+        old = self._old(self._waiting())
         self._repairs.abort()
         abort(self.model)
-        new = tuple(name for name in self._expected if name not in {*old})
-        self._torn = {"new": new, "old": tuple(old), "lost": (), "cause": cause} if new else None
+        self._history.end(old, cause)
+
+    def _waiting(self) -> set[str]:
+        return {path for path, module in self.model.named_modules() if is_waiting(module)}
+
+    def _old(self, waiting: set[str]) -> list[str]:
+        """Tensors whose modules are not finished."""
+        return [name for name in self._expected if self._rehearsal.modules.get(name, set()) & waiting]

@@ -99,7 +99,7 @@ def _load(
             try:
                 model.load_weights(feed(rest))
                 return
-            except Exception as error:  # noqa: BLE001 - a loader may raise anything
+            except Exception as error:  # a loader may raise anything
                 found.problems.append(_refused(current[0], error))
                 rest = rest[rest.index(current[0]) + 1 :]
 

@@ -9,6 +9,7 @@ from portax.execution.byte_counts import byte_count
 from portax.integrations.vllm.hub_layout import check_hub_layout
 from portax.integrations.vllm.local_engine import LocalEngine
 from portax.planning.plan import Plan
+from portax.sync.claim import Claim
 from portax.sync.report import PHASES, SyncReport, Torn
 from portax.trainer.param_tree import Params
 
@@ -30,9 +31,7 @@ class VllmSync:
         >>> print(sync(params))
     """
 
-    def __init__(
-        self, llm: Any, converter: BaseConverter, *, params: Params | None = None, bucket_bytes: int = 2**28
-    ):
+    def __init__(self, llm: Any, converter: BaseConverter, *, params: Params | None = None, bucket_bytes: int = 2**28):
         """Finds the engine's worker; writes nothing.
 
         Args:
@@ -69,8 +68,24 @@ class VllmSync:
         Raises:
             PlanError: The trainer's tree, or what the engine would make of it, is not what it should be; nothing was
                 written.
-            SyncError: Requests are in flight, or the engine is not as it should be afterwards.
+            SyncError: Another sync into this engine is running, requests are in flight, or the engine is not as it
+                should be afterwards.
         """
+        claim = Claim()
+        with claim.lock:
+            claim.take(lambda: [self._engine.identity])
+            return self._sync(params)
+
+    @property
+    def torn(self) -> Torn | None:
+        """What a sync that failed half-way left behind, by this object or another; None while all belongs together.
+
+        The engine itself tells it.
+        """
+        found = self._engine.ask(None)["torn"]
+        return None if found is None else Torn(**found)
+
+    def _sync(self, params: Params) -> SyncReport:
         seconds = dict.fromkeys(PHASES, 0.0)
         with timed(seconds, "plan"):
             plan = self._checked(params)
@@ -88,15 +103,6 @@ class VllmSync:
             verification=None,
             left=plan.left,
         )
-
-    @property
-    def torn(self) -> Torn | None:
-        """What a sync that failed half-way left behind, by this object or another; None while all belongs together.
-
-        The engine itself tells it.
-        """
-        found = self._engine.ask(None)["torn"]
-        return None if found is None else Torn(**found)
 
     def _checked(self, params: Params) -> Plan:
         plan = self._converter.plan(params)
