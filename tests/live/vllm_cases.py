@@ -10,6 +10,7 @@ import pathlib
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
+    "JAX_NUM_CPU_DEVICES": "8",
     "JAX_PLATFORMS": "cpu",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -49,7 +50,7 @@ class Case:
     def hub_config(self):
         """The hub's config.json; of a multimodal model, that of its text part."""
         found = json.loads((GOLDEN / self.golden / "config.json").read_text())
-        return (found | found.get("text_config", {})) | self.hub
+        return found.get("text_config", found) | self.hub
 
     def params(self, seed, dtype="float32"):
         """Random weights of a size that tells in the tokens."""
@@ -60,7 +61,7 @@ class Case:
         for path, leaf in self.converter().expected_tree().items():
             noise = random.standard_normal(leaf.shape)
             scale = 1 + 0.2 * noise if "norm" in path else noise if "embedding" in path else 0.2 * noise
-            tree[path] = jnp.asarray(scale, dtype)
+            tree[path] = jnp.asarray(jnp.asarray(scale, "bfloat16"), dtype)  # the same for both dtypes
         return tree
 
 
@@ -88,6 +89,24 @@ UNREPAIRED = (*_TIED, *_MOE, "gemma3")  # wrong on a CPU without the repairs
 def trainer_config(case):
     """The trainer's configuration of a case."""
     return json.loads((GOLDEN / case.golden / "source.json").read_text())["config"] | case.trainer
+
+
+def spread(params, devices):
+    """The same on this many devices, each leaf cut on its first dimension that can be."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    if devices == 1:
+        return params
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("fsdp",))
+
+    def put(leaf):
+        cut = next((axis for axis, size in enumerate(leaf.shape) if size % devices == 0), None)
+        spec = PartitionSpec() if cut is None else PartitionSpec(*[None] * cut, "fsdp")
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    return {path: put(leaf) for path, leaf in params.items()}
 
 
 def engine(folder, load_format, **options):

@@ -1,4 +1,4 @@
-"""What a reload leaves wrong on a CPU, where vLLM packs weights into copies that a reload does not make anew.
+"""Repairs of a reload on a CPU, where vLLM packs weights into copies that a reload does not make anew.
 
 On GPUs a tied head reads the shared parameter, and experts are arranged in every update.
 """
@@ -18,7 +18,7 @@ class CpuRepairs:
         self._model = model
         self._kernels: list[tuple[torch.nn.Module, Any]] = []
         for module in model.modules():
-            method = getattr(module, "quant_method", None)
+            method: Any = getattr(module, "quant_method", None)
             if getattr(method, "moe_kernel", None) is not None:
                 self._kernels.append((module, method.moe_kernel))
                 method.moe_kernel = None

@@ -23,7 +23,7 @@ class History:
 
         Args:
             old: Tensors that were not written.
-            cause: Why it did not write all.
+            cause: The reason, if it did not write all.
         """
         old = {*old}
         self._of |= {name: self._number for name in self._of if name not in old}

@@ -1,5 +1,7 @@
 """The backend "portax" in vLLM's registry: this is also the entry point that every process of vLLM runs."""
 
+from portax.integrations.vllm.missing import missing_vllm
+
 BACKEND = "portax"
 
 
@@ -11,8 +13,9 @@ def register() -> None:
     Raises:
         MissingPackageError: vLLM is not installed.
     """
-    from portax.integrations.vllm.api import api
-
-    factory = api().factory.WeightTransferEngineFactory
-    if BACKEND not in factory._registry:  # its own check raises, and plugins are loaded more than once
-        factory.register_engine(BACKEND, "portax.integrations.vllm.receiver", "Receiver")
+    try:
+        from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    except ModuleNotFoundError as error:
+        raise missing_vllm(error) from error
+    if BACKEND not in WeightTransferEngineFactory._registry:  # its own check raises; plugins are loaded more than once
+        WeightTransferEngineFactory.register_engine(BACKEND, "portax.integrations.vllm.receiver", "Receiver")

@@ -5,20 +5,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from vllm.distributed.weight_transfer import base
+from vllm.model_executor.model_loader.reload import layerwise
 
 from portax.errors import Problem
-from portax.integrations.vllm.api import api
 from portax.integrations.vllm.cpu_repairs import CpuRepairs, NoRepairs, repairs_for
 from portax.integrations.vllm.history import History
 from portax.integrations.vllm.rehearsal import Arriving, Rehearsal, rehearse
-from portax.integrations.vllm.reload_state import abort, is_waiting
+from portax.integrations.vllm.reload_state import EarlyTensors, abort, is_waiting, written_early
 from portax.integrations.vllm.unsupported import unsupported
-
-_base = api().base
 
 
 @dataclasses.dataclass
-class InitInfo(_base.WeightTransferInitInfo):
+class InitInfo(base.WeightTransferInitInfo):
     """A question before an update.
 
     Attributes:
@@ -31,12 +30,12 @@ class InitInfo(_base.WeightTransferInitInfo):
 
 
 @dataclasses.dataclass
-class UpdateInfo(_base.WeightTransferUpdateInfo):
+class UpdateInfo(base.WeightTransferUpdateInfo):
     """Tensors of an update, or its end.
 
     Attributes:
         tensors: Names and tensors.
-        abandon: Why the update ends here; it raises `AbandonedError`, after which vLLM takes another.
+        abandon: The reason to end the update here; that raises `AbandonedError`, after which vLLM takes another.
     """
 
     tensors: list | None = None
@@ -47,7 +46,7 @@ class AbandonedError(RuntimeError):
     """The trainer has given up an update."""
 
 
-class Receiver(_base.WeightTransferEngine[InitInfo, UpdateInfo]):
+class Receiver(base.WeightTransferEngine[InitInfo, UpdateInfo]):
     """vLLM's layerwise reload of hub tensors, with a rehearsal before it and a way back."""
 
     init_info_cls = InitInfo
@@ -60,6 +59,7 @@ class Receiver(_base.WeightTransferEngine[InitInfo, UpdateInfo]):
         self._rehearsal = Rehearsal()
         self._arrived: set[str] = set()
         self._repairs: CpuRepairs | NoRepairs = NoRepairs(model)
+        self._early: EarlyTensors = []
         self._history = History()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
@@ -78,7 +78,8 @@ class Receiver(_base.WeightTransferEngine[InitInfo, UpdateInfo]):
         self._arrived = set()
         self._history.start(self._expected)
         self._repairs = repairs_for(self.device)(self.model)
-        api().layerwise.initialize_layerwise_reload(self.model)
+        self._early = written_early(self.model)
+        layerwise.initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Loads tensors; each finished layer is written into the memory of the old one."""
@@ -97,11 +98,12 @@ class Receiver(_base.WeightTransferEngine[InitInfo, UpdateInfo]):
         try:
             if missing := self._expected.keys() - self._arrived:
                 raise RuntimeError(f"{len(missing)} tensors have not come: {', '.join(sorted(missing)[:5])}")
-            api().layerwise.finalize_layerwise_reload(self.model, self.model_config)
+            layerwise.finalize_layerwise_reload(self.model, self.model_config)
             self._repairs.finish()
         except BaseException as error:
             self._abort(repr(error))
             raise
+        self._early = []
         self._history.end(old=())
 
     def shutdown(self) -> None:
@@ -130,7 +132,7 @@ class Receiver(_base.WeightTransferEngine[InitInfo, UpdateInfo]):
     def _abort(self, cause: str) -> None:
         old = self._old(self._waiting())
         self._repairs.abort()
-        abort(self.model)
+        abort(self.model, self._early)
         self._history.end(old, cause)
 
     def _waiting(self) -> set[str]:

@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.model_executor.model_loader.reload import layerwise, meta, utils
 
 from portax.errors import Problem
-from portax.integrations.vllm.api import api
 from portax.integrations.vllm.reload_state import place_back
 
 Key: TypeAlias = tuple[str, str]
@@ -43,12 +43,12 @@ class Arriving:
 
 @dataclasses.dataclass
 class Rehearsal:
-    """What an update would fill.
+    """The parameters that an update would fill.
 
     Attributes:
         filled: Elements that would be written, by parameter.
         modules: The modules into which each arriving tensor goes.
-        problems: What would go wrong, or stay as it was.
+        problems: Everything that would go wrong, or stay as it was.
     """
 
     filled: dict[Key, int] = dataclasses.field(default_factory=dict)
@@ -123,7 +123,7 @@ def _unfilled(
 ) -> list[Problem]:
     problems = []
     for key, parameter in parameters.items():
-        size = api().reload_utils.get_tensor_load_numel(parameter)
+        size = utils.get_tensor_load_numel(parameter)
         filled = max(found.filled.get(each, 0) for each in same.get(key, {key}))
         if filled < size:
             problems.append(
@@ -150,7 +150,6 @@ def _shared_parameters(model: torch.nn.Module) -> dict[Key, frozenset[Key]]:
 @contextlib.contextmanager
 def _emptied(model: torch.nn.Module) -> Iterator[dict[Key, torch.Tensor]]:
     """Gives every module the parameters that loaders expect, without memory; puts back what was there."""
-    layerwise, meta, utils = api().layerwise, api().meta, api().reload_utils
     parameters: dict[Key, torch.Tensor] = {}
     emptied = []
     try:
@@ -160,12 +159,10 @@ def _emptied(model: torch.nn.Module) -> Iterator[dict[Key, torch.Tensor]]:
             info.kernel_non_persistent_buffers = set(module._non_persistent_buffers_set)
             emptied.append(module)
             meta.restore_layer_on_meta(module, info)
-            skipped = meta.SKIP_LOAD_TENSORS
-            parameters |= {
-                (path, name): leaf
-                for name, leaf in module._parameters.items()
-                if leaf is not None and name not in skipped
-            }
+            for name, leaf in module._parameters.items():
+                if leaf is not None:  # vLLM leaves some, such as biases, where they are
+                    module._parameters[name] = leaf if leaf.is_meta else meta.to_meta_tensor(leaf)
+                    parameters[path, name] = module._parameters[name]
         yield parameters
     finally:
         for module in emptied:
@@ -177,10 +174,10 @@ def _counting(
     model: torch.nn.Module, parameters: Mapping[Key, torch.Tensor], note: Callable[[Key, int], None]
 ) -> Iterator[None]:
     """Lets every parameter's loader tell how many elements it writes."""
-    loaders = {key: api().layerwise._get_weight_loader(leaf) for key, leaf in parameters.items()}
+    loaders = {key: layerwise._get_weight_loader(leaf) for key, leaf in parameters.items()}
     try:
         for key, leaf in parameters.items():
-            leaf.weight_loader = _counted(api().layerwise._get_original_loader(leaf), key, note)
+            leaf.weight_loader = _counted(layerwise._get_original_loader(leaf), key, note)
         yield
     finally:
         for key, leaf in parameters.items():

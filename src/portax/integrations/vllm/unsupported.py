@@ -1,4 +1,4 @@
-"""What an engine may be started with that was not run with portax, and that vLLM might get wrong in silence."""
+"""Settings of an engine that were not run with portax, and that a weight update might get wrong in silence."""
 
 from typing import Any
 

@@ -6,19 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 from portax.converters.base import BaseConverter
 from portax.execution.byte_counts import byte_count
-from portax.integrations.vllm.api import api
 from portax.integrations.vllm.hub_layout import check_hub_layout
+from portax.integrations.vllm.missing import missing_vllm
 from portax.integrations.vllm.torch_views import torch_dtype, torch_view
 from portax.trainer.param_tree import Params
+
+try:
+    from vllm.distributed.weight_transfer import base
+except ModuleNotFoundError as error:
+    raise missing_vllm(error) from error
 
 if TYPE_CHECKING:
     import torch
 
-_base = api().base
-_IS_0_33 = hasattr(_base.WeightSource, "iter_full")  # there `metadata` has to be a cached property
+_IS_0_33 = hasattr(base.WeightSource, "iter_full")  # there `metadata` has to be a cached property
 
 
-class WeightSource(_base.WeightSource):
+class WeightSource(base.WeightSource):
     """The hub tensors of a trainer, a layer at a time, for vLLM's senders (`nccl`, `ipc`, ...).
 
     Nothing is copied: each tensor is a view of a converted JAX array. On meshes, each is gathered when its turn comes;
@@ -50,7 +54,7 @@ class WeightSource(_base.WeightSource):
         self._entries = converter.plan(params()).entries
 
     def _metadata(self) -> list[Any]:
-        return [_base.ParamMeta(entry.name, torch_dtype(entry.dtype), entry.shape) for entry in self._entries]
+        return [base.ParamMeta(entry.name, torch_dtype(entry.dtype), entry.shape) for entry in self._entries]
 
     def __iter__(self) -> "Iterator[tuple[str, torch.Tensor]]":
         for bucket in self._converter.stream(self._params(), bucket_bytes=self._bucket_bytes):

@@ -78,7 +78,7 @@ class VllmSync:
 
     @property
     def torn(self) -> Torn | None:
-        """What a sync that failed half-way left behind, by this object or another; None while all belongs together.
+        """The remains of a sync that failed half-way, by this object or another; None while all belongs together.
 
         The engine itself tells it.
         """
