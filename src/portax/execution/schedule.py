@@ -52,7 +52,7 @@ class ProgramCall:
 
     @functools.cached_property
     def reads(self) -> tuple[tuple[str, str, tuple[int | slice, ...]], ...]:
-        """What it needs: the path relative to the layer, the leaf's path, and the layer's index in that leaf."""
+        """The leaves that it needs: path relative to the layer, path in the tree, and the layer's index in it."""
         places = ((path, self.group.scan_axis(path)) for path in self.needs)
         return tuple((path, self.layer.path(path), self.layer.at(axis)) for path, axis in places)
 
