@@ -247,6 +247,22 @@ def test_a_sync_from_a_checkpoint():
         np.testing.assert_array_equal(engine[name], leaf)
 
 
+def test_one_sync_from_a_checkpoint_from_the_host_and_from_devices_in_turn():
+    layout = portax.layouts.TpuInference(version="0.32", tp=2)
+    converter = portax.converter_for(CONFIG, layout=layout, mesh=mesh(model=2))
+    checkpoint = portax.open_checkpoint(QWEN3 / "orbax")
+    on_host = {path: leaf[...] for path, leaf in checkpoint.items()}
+    expected = converter.convert(on_host)
+    engine = {name: jax.device_put(jax.numpy.zeros_like(leaf), leaf.sharding) for name, leaf in expected.items()}
+    sync = portax.WeightSync(converter, engine)
+    for source in (checkpoint, on_host, jax.tree.map(jax.numpy.asarray, on_host), on_host, checkpoint):
+        for name, leaf in engine.items():
+            engine[name] = jax.device_put(jax.numpy.zeros_like(leaf), leaf.sharding)
+        sync(source)
+        for name, leaf in expected.items():
+            np.testing.assert_array_equal(engine[name], leaf)
+
+
 def damaged(name):
     def spoil(path):
         (path / name).write_bytes((path / name).read_bytes()[:40])

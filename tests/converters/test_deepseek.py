@@ -12,6 +12,7 @@ from engines import scrambled
 
 import portax
 from portax.config.shipped import config_path
+from portax.errors import QuantizationError
 from portax.layouts import Canonical, HuggingFace, MaxTextVllm, TpuInference
 from portax.testing.golden import Golden, compare
 
@@ -230,6 +231,25 @@ def test_weights_of_the_cache_are_quantised_as_the_engine_does_it():
         found = np.asarray(weights[f"vllm_model.model.layers.3.self_attn.mla_attn.mla_attn.{leaf}"])
         assert found.dtype == expected.dtype
         assert found.tobytes() == np.ascontiguousarray(expected).tobytes(), leaf
+
+
+@pytest.mark.parametrize(
+    ("column", "leaf", "value", "what"),
+    [
+        (0, "W_UK_T_scale", np.nan, "NaN"),
+        (-1, "W_UV_scale", np.inf, "infinity"),
+        (0, "W_UK_T_scale", 2.0**-120, "a scale that would be denormal"),
+    ],
+)
+def test_latent_attention_whose_values_cannot_be_quantised_is_named(column, leaf, value, what):
+    path = next(path for path in filled(V3) if path.endswith("moe_layers/self_attention/wkv_b/kernel"))
+    kernel = np.array(filled(V3)[path])
+    keys = slice(0, 16) if column == 0 else slice(16, None)  # of a head: its keys, then its values
+    kernel[:, 0, 1, keys] = value if what.startswith("a scale") else kernel[:, 0, 1, keys]
+    kernel[3, 0, 1, column] = value
+    match = rf"layers\.2\.self_attn\.mla_attn\.mla_attn\.{leaf}: the values of these channels .*: {what}"
+    with pytest.raises(QuantizationError, match=match):
+        converter().convert(filled(V3) | {path: kernel})
 
 
 def test_scales_may_stay_unrounded():

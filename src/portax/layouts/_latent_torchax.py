@@ -45,7 +45,7 @@ class LatentTorchax(QuantisedTorchax):
         name = f"{block.name.rpartition('.')[0]}.{_MODULE}"
         lossy = (f"bfloat16 -> {_CACHES[str(self.kv_cache_dtype)]}",)
         return tuple(
-            Tensor(f"{name}.{leaf}", x, self._spec(axes), lossy=lossy)
+            Tensor(f"{name}.{leaf}", x, self._spec(axes), lossy=lossy, refuses_values=leaf.endswith("_scale"))
             for leaf, x in (
                 ("W_UK_T", key),
                 ("W_UK_T_scale", key_scale),
@@ -57,7 +57,7 @@ class LatentTorchax(QuantisedTorchax):
     def _cached(self, x: Shaped[Array, "heads _ _"]) -> tuple[Shaped[Array, "heads _ _"], Shaped[Array, "heads 1 _"]]:
         dtype = DTYPES[_CACHES[str(self.kv_cache_dtype)]]
         wide = is_wide(str(self.kv_scale_form), x.shape[0] * x.shape[2])
-        return quantize(bits.from_bits(x), dtype=dtype, axis=1, wide=wide)
+        return quantize(bits.from_bits(x), dtype=dtype, axis=1, wide=wide, mark=True)
 
     def _check_latent(self, block: blocks.LatentKV, *, attention_dp: int | None, dtype: Any) -> None:
         engine = f"{block.name}: an engine of latent attention (MLA)"

@@ -26,7 +26,7 @@ from portax.sync.transfer import CrossProcessTransfer, LocalTransfer, all_moved_
 from portax.trainer.param_tree import Params
 
 _Prepared: TypeAlias = tuple[Plan, dict[str, Any], Any, list[tuple[ProgramCall, PreparedCall | None, bool]]]
-"""A plan, the shardings and the transfer that its calls are prepared for, and the calls; True for those in place."""
+"""A plan, the sources and the transfer that its calls are prepared for, and the calls; True for those in place."""
 
 
 class WeightSync:
@@ -197,9 +197,10 @@ class WeightSync:
 
     def _compile(self, conversion: Conversion) -> None:
         """Prepares every call, and compiles missing programs; for a tree like the last one there is nothing to do."""
-        shardings = {path: getattr(leaf, "sharding", None) for path, leaf in conversion.tree.leaves.items()}
+        # On the host and on disk leaves have no sharding, and are read in different ways: there the type counts.
+        sources = {path: getattr(leaf, "sharding", type(leaf)) for path, leaf in conversion.tree.leaves.items()}
         kept = self._prepared
-        if kept is not None and kept[0] is conversion.plan and kept[1:3] == (shardings, self._route):
+        if kept is not None and kept[0] is conversion.plan and kept[1:3] == (sources, self._route):
             return
         calls: list[tuple[ProgramCall, PreparedCall | None, bool]] = []
         inputs = self._inputs(conversion)
@@ -212,7 +213,7 @@ class WeightSync:
                 calls.append((call, conversion.prepare(call, targets, donating=donating), donating))
             else:
                 calls.append((call, None, False))
-        self._prepared = (conversion.plan, shardings, self._route, calls)
+        self._prepared = (conversion.plan, sources, self._route, calls)
 
     def _inputs(self, conversion: Conversion) -> Inputs:
         return conversion.inputs(mesh_of(automatic(next(iter(self._engine.all_shardings())))))
