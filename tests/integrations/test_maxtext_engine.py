@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, filled, mesh, sharded, tree
 from engines import noise
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import portax
 from portax.integrations import tpu_inference
 from portax.layouts import MaxTextVllm
 from portax.testing.golden import Golden, compare
-
-nnx = pytest.importorskip("flax.nnx")
 
 MOE, QWEN3_5, DEEPSEEK = "qwen3-30b-a3b.scan", "qwen3.5-35b-a3b.scan", "deepseek3-671b.unscan"
 AXES = ("data", "attn_dp", "attn_dp_expert", "expert", "model", "dcp", "pcp")

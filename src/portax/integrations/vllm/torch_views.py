@@ -21,8 +21,11 @@ def torch_view(array: Shaped[Array, "..."]) -> "torch.Tensor":
     """
     import torch
 
-    whole = array if array.is_fully_replicated else jax.device_put(array, replicated(array.sharding))
-    if not array.is_fully_addressable and not array.is_fully_replicated:
+    if array.is_fully_replicated:
+        whole = array
+    elif array.is_fully_addressable:
+        whole = jax.device_put(array, replicated(array.sharding))
+    else:
         whole = jax.jit(lambda value: value, out_shardings=replicated(array.sharding))(array)
     return torch.from_dlpack(jax.block_until_ready(whole.addressable_shards[0].data))
 
