@@ -23,6 +23,7 @@ def check():
     from check_tokens import CHECKPOINTS, DENSE, recorded, report
 
     from portax.integrations.vllm import Vllm
+    from portax.validation import session
 
     hub, greedy = recorded(DENSE)
     with tempfile.TemporaryDirectory() as scratch:

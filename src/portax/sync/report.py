@@ -72,6 +72,8 @@ class SyncReport(Report):
             `received_bytes` in `portax.sync.transfer`.
         peak_bytes: Highest memory use of any device since the process began; None if the backend does not tell.
         verification: The comparison afterwards; None without `verify`.
+        standstill: Seconds in which the engine's leaves did not belong together, so that it could not serve: of the
+            whole writing in place, of the switch alone if the sync is atomic.
         left: Leaves of the trainer that `leave=` leaves out.
 
     Example:
@@ -88,6 +90,7 @@ class SyncReport(Report):
     bytes_moved: int
     peak_bytes: int | None
     verification: Verification | None
+    standstill: float
     left: tuple[str, ...] = ()
 
     @property
@@ -98,7 +101,7 @@ class SyncReport(Report):
     @property
     def gb_per_s(self) -> float:
         """Bytes written, in GB (powers of ten), per second of convert, transfer and assign."""
-        spent = sum(self.seconds[phase] for phase in ("convert", "transfer", "assign"))
+        spent = writing_seconds(self.seconds)
         return self.bytes_written / spent / 1e9 if spent else 0.0
 
     def __rich__(self) -> "RenderableType":
@@ -111,6 +114,7 @@ class SyncReport(Report):
             f"version    {self.version}, {self.leaves} leaves",
             f"bytes      {size(self.bytes_read)} read, {size(self.bytes_written)} written, "
             f"{size(self.bytes_moved)} moved between devices; {self.gb_per_s:.2f} GB/s written",
+            f"standstill {self.standstill:.3f} s",
         ]
         if self.peak_bytes is not None:
             lines.append(f"peak       {size(self.peak_bytes)} on one device")
@@ -125,6 +129,11 @@ class SyncReport(Report):
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it as values for JSON."""
         return super().to_dict() | {"gb_per_s": self.gb_per_s}
+
+
+def writing_seconds(seconds: Mapping[str, float]) -> float:
+    """Returns the seconds of the phases that make weights and write them."""
+    return sum(seconds[phase] for phase in ("convert", "transfer", "assign"))
 
 
 def peak_bytes(devices: Iterable[jax.Device]) -> int | None:

@@ -1,6 +1,6 @@
 """`WeightSync`: plan once, then write a live engine's weights in place, every step."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -8,7 +8,7 @@ from jax.sharding import Sharding
 
 from portax._text.timing import timed
 from portax.converters.base import BaseConverter
-from portax.errors import PlanError, Problem, SyncError
+from portax.errors import ConfigError, PlanError, Problem, QuantizationError, SyncError
 from portax.execution.byte_counts import byte_count
 from portax.execution.executor import Arrays, Conversion, PreparedCall
 from portax.execution.inputs import Inputs, source_sharding, tree_sharding
@@ -21,7 +21,8 @@ from portax.sync.attempts import Attempt, mark_lost, mark_written, torn
 from portax.sync.claim import Claim
 from portax.sync.engine_state import EngineLeaves, EngineState, pointer
 from portax.sync.fingerprint import fingerprints
-from portax.sync.report import PHASES, SyncReport, Torn, Verification, peak_bytes
+from portax.sync.pending import Pending
+from portax.sync.report import PHASES, SyncReport, Torn, Verification, peak_bytes, writing_seconds
 from portax.sync.transfer import CrossProcessTransfer, LocalTransfer, all_moved_bytes, route_between
 from portax.trainer.param_tree import Params
 
@@ -91,6 +92,7 @@ class WeightSync:
         self._attempt = Attempt()
         self._counted: tuple[Any, int] = (None, 0)
         self._prepared: _Prepared | None = None
+        self._pending: Pending | None = None
         self._route: LocalTransfer | CrossProcessTransfer = LocalTransfer()
         if params is not None:
             self._compile(self._planned(params))
@@ -141,31 +143,100 @@ class WeightSync:
             self._engine.enter(claim)
             return self._compared(self._checked(params), self._engine.leaves())
 
+    @in_own_context
+    def begin(self, params: Params) -> None:
+        """Starts to make a new version beside the one that the engine serves, and returns; `commit` switches to it.
+
+        The devices do the work behind what they are already doing. The trainer may donate or free its arrays at once.
+        Only weights in host memory or on disk are read before this returns, and with `verify=True` the comparison is
+        made before. A version that was begun and not committed is replaced.
+
+        Args:
+            params: As for `converter.convert`.
+
+        Raises:
+            ConfigError: The sync is not atomic.
+            PlanError: As for a sync; a version that was begun before is kept.
+            SyncError: Another sync into this engine is running; or, with `verify=True`, leaves differ.
+
+        Example:
+            >>> sync = portax.WeightSync(converter, converter.convert(params), atomic=True)
+            >>> sync.begin(params)  # the engine goes on with its old weights
+            >>> sync.commit().version  # between two steps of the engine
+            1
+        """
+        if not self._atomic:
+            raise ConfigError("begin() needs WeightSync(..., atomic=True): the old version stays until commit()")
+        claim = Claim()
+        with claim.lock:
+            self._engine.enter(claim)
+            conversion, seconds = self._ready_to_make(params)
+            self._pending = None  # before the next one takes its memory
+            self._pending = self._begun(conversion, seconds)
+
+    @property
+    def ready(self) -> bool:
+        """True if a version was begun and is finished, so that `commit` does not wait for it."""
+        return self._pending is not None and self._pending.ready()
+
+    @in_own_context
+    def commit(self) -> SyncReport:
+        """Waits for the version that was begun, and switches all leaves of the engine to it, or none.
+
+        Call it between two steps of the engine.
+
+        Returns:
+            A report; its `standstill` is the time of the switch alone.
+
+        Raises:
+            SyncError: No version was begun; another sync into this engine is running.
+            PlanError: The engine's leaves are no longer what they were when the sync was made; nothing was written.
+            QuantizationError: Values cannot be quantised: the version is given up, and the engine holds what it held.
+        """
+        claim = Claim()
+        with claim.lock:
+            self._engine.enter(claim)
+            if self._pending is None:
+                raise SyncError("no version was begun, or it was aborted or committed: call begin(params) first")
+            self._engine.check()
+            return self._completed(self._pending, self._switch)
+
+    def abort(self) -> None:
+        """Gives up the version that was begun, if there is one; the engine keeps the one it serves."""
+        self._pending = None
+
     def _sync(self, params: Params) -> SyncReport:
+        conversion, seconds = self._ready_to_make(params)
+        self._pending = None
+        return self._completed(Pending(conversion, seconds), self._make_and_switch if self._atomic else self._write)
+
+    def _ready_to_make(self, params: Params) -> tuple[Conversion, dict[str, float]]:
         seconds = dict.fromkeys(PHASES, 0.0)
         with timed(seconds, "plan"):
             conversion = self._checked(params)
         with timed(seconds, "compile"):
             self._compile(conversion)
+        return conversion, seconds
+
+    def _completed(self, version: Pending, write: Callable[[Pending], None]) -> SyncReport:
         self._attempt = Attempt()
-        made: dict[str, Sharding] = {}
         try:
-            write = self._switch if self._atomic else self._write
-            verification = write(conversion, made, seconds)
+            write(version)
         except BaseException as error:
             self._attempt.cause = repr(error)
             raise
         self.version += 1
-        plan = conversion.plan
+        plan, seconds = version.conversion.plan, version.seconds
         return SyncReport(
             version=self.version,
             leaves=len(plan.entries),
             seconds=seconds,
             bytes_read=plan.bytes_in,
             bytes_written=plan.bytes_out,
-            bytes_moved=self._moved(conversion, made),
+            bytes_moved=version.moved,
             peak_bytes=peak_bytes(self._engine.devices()),
-            verification=verification,
+            verification=version.verification,
+            standstill=seconds["assign"] if self._atomic else writing_seconds(seconds),
             left=plan.left,
         )
 
@@ -218,75 +289,102 @@ class WeightSync:
     def _inputs(self, conversion: Conversion) -> Inputs:
         return conversion.inputs(mesh_of(automatic(next(iter(self._engine.all_shardings())))))
 
-    def _write(
-        self, conversion: Conversion, made: dict[str, Sharding], seconds: dict[str, float]
-    ) -> Verification | None:
+    def _write(self, version: Pending) -> None:
         """Puts every leaf in its place as soon as it is finished; then compares them, with `verify`."""
-        for ready in self._finished(conversion, made, seconds):
-            self._assign(ready, seconds)
+        for ready in self._finished(version):
+            self._assign(ready, version.seconds)
         if not self._verify:
-            return None
-        with timed(seconds, "verify"):
-            found = self._compared(conversion, self._engine.leaves())
+            return
+        with timed(version.seconds, "verify"):
+            version.verification = found = self._compared(version.conversion, self._engine.leaves())
         if found.different:
             for name in found.different:
                 mark_lost(self._engine.leaf(name), self._attempt)
             raise SyncError(f"after writing, {found}")
-        return found
 
-    def _switch(
-        self, conversion: Conversion, made: dict[str, Sharding], seconds: dict[str, float]
-    ) -> Verification | None:
-        """Finishes all leaves, compares them, with `verify`, and puts all in their places, or none."""
-        staged: dict[str, jax.Array] = {}
-        for ready in self._finished(conversion, made, seconds):
-            staged |= ready
-        found = None
-        if self._verify:
-            with timed(seconds, "verify"):
-                found = self._compared(conversion, staged)
-            if found.different:
-                raise SyncError(f"of what was made, {found}; nothing was written")
+    def _make_and_switch(self, version: Pending) -> None:
+        for ready in self._finished(version):
+            version.add(ready.items())
+        self._verify_made(version)
+        self._switch(version)
+
+    def _begun(self, conversion: Conversion, seconds: dict[str, float]) -> Pending:
+        version = Pending(conversion, seconds)
+        for leaves, check, _ in self._started(version):
+            version.add(leaves.items(), check)
+        self._verify_made(version)
+        return version
+
+    def _verify_made(self, version: Pending) -> None:
+        """Compares leaves that no engine holds yet with the trainer's weights, if the sync verifies."""
+        if not self._verify:
+            return
+        with timed(version.seconds, "verify"):
+            version.verification = found = self._compared(version.conversion, version.leaves)
+        if found.different:
+            raise SyncError(f"of what was made, {found}; nothing was written")
+
+    def _switch(self, version: Pending) -> None:
+        """Puts all leaves in their places, or none, as soon as they are finished."""
+        try:
+            with timed(version.seconds, "transfer"):
+                version.settle()
+        except QuantizationError:
+            self._pending = None
+            raise
         with self._engine.all_or_nothing():
-            self._assign(staged, seconds)
-            if self._verify and any(self._engine.leaf(name) is not leaf for name, leaf in staged.items()):
-                kept = self._compared(conversion, self._engine.leaves())
-                if kept.different:
-                    raise SyncError(f"after writing, {kept}; what was there before is put back")
-        return found
+            self._assign(version.leaves, version.seconds)
+            if self._verify:
+                self._verify_kept(version.leaves)
+        self._pending = None
 
-    def _finished(
-        self, conversion: Conversion, made: dict[str, Sharding], seconds: dict[str, float]
-    ) -> Iterator[dict[str, jax.Array]]:
-        """Yields finished leaves on the engine's devices; the next call converts while the last one moves.
+    def _verify_kept(self, leaves: dict[str, jax.Array]) -> None:
+        """Compares what the engine made of its new leaves with them, where a box keeps something else."""
+        changed = [name for name, leaf in leaves.items() if self._engine.leaf(name) is not leaf]
+        made, kept = (fingerprints(map(of, changed)) for of in (leaves.__getitem__, self._engine.leaf))
+        different = tuple(name for name, a, b in zip(changed, made, kept, strict=True) if a != b)
+        if different:
+            found = Verification(len(leaves), different)
+            raise SyncError(f"after writing, {found}; what was there before is put back")
+
+    def _finished(self, version: Pending) -> Iterator[dict[str, jax.Array]]:
+        """Yields finished leaves on the engine's devices; the next call converts while the last one moves."""
+        last: dict[str, jax.Array] = {}
+        check, phase = ScaleCheck((), ()), "convert"
+        for leaves, next_check, phase in self._started(version):
+            with timed(version.seconds, phase):
+                check.settle()
+                ready = jax.block_until_ready(last)
+            yield ready
+            last, check = leaves, next_check
+        with timed(version.seconds, phase):
+            check.settle()
+            ready = jax.block_until_ready(last)
+        yield ready
+
+    def _started(self, version: Pending) -> Iterator[tuple[dict[str, jax.Array], ScaleCheck, str]]:
+        """Starts one call after another, and yields what it makes, not yet finished, and the phase to wait for it in.
 
         Args:
-            conversion: The conversion that makes them.
-            made: Receives the sharding of each one before the transfer.
-            seconds: Seconds of each phase so far.
+            version: What they belong to; it learns the bytes that moved.
         """
+        conversion, seconds = version.conversion, version.seconds
         inputs = self._inputs(conversion)
-        last: dict[str, jax.Array] = {}
-        check = ScaleCheck((), ())
+        made: dict[str, Sharding] = {}
         for call, prepared, in_place in self._calls():
             donors = None if self._atomic else self._donate(call.names)
             with timed(seconds, "convert"):
                 arrays = prepared(inputs, donors or () if in_place else ()) if prepared is not None else ()
             made |= {name: array.sharding for name, array in zip(call.names, arrays, strict=False)}
-            of_made = ScaleCheck(call.entries, arrays)
-            with timed(seconds, "convert" if in_place else "transfer"):
-                if not in_place:
+            check = ScaleCheck(call.entries, arrays)
+            phase = "convert" if in_place else "transfer"
+            if not in_place:
+                with timed(seconds, phase):
                     arrived = self._route.send(arrays, donors, self._shapes(call))
                     arrays = tuple(map(on_sharding, arrived, self._shardings(call)))
-                check.settle()
-                ready = jax.block_until_ready(last)
-            yield ready
-            last = dict(zip(call.names, arrays, strict=True))
-            check = of_made if self._route.sends else ScaleCheck(call.entries, arrays)
-        with timed(seconds, "convert"):
-            check.settle()
-            ready = jax.block_until_ready(last)
-        yield ready
+                    check = check if self._route.sends else ScaleCheck(call.entries, arrays)
+            yield dict(zip(call.names, arrays, strict=True)), check, phase
+        version.moved = self._moved(conversion, made)
 
     def _calls(self) -> list[tuple[ProgramCall, PreparedCall | None, bool]]:
         assert self._prepared is not None  # noqa: S101 - _compile ran

@@ -10,7 +10,7 @@ from portax.integrations.vllm.hub_layout import check_hub_layout
 from portax.integrations.vllm.local_engine import LocalEngine
 from portax.planning.plan import Plan
 from portax.sync.claim import Claim
-from portax.sync.report import PHASES, SyncReport, Torn
+from portax.sync.report import PHASES, SyncReport, Torn, writing_seconds
 from portax.trainer.param_tree import Params
 
 
@@ -101,6 +101,7 @@ class VllmSync:
             bytes_moved=0,
             peak_bytes=None,
             verification=None,
+            standstill=writing_seconds(seconds),
             left=plan.left,
         )
 
