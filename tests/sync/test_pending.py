@@ -149,3 +149,14 @@ def test_another_sync_into_the_engine_keeps_out_for_as_long_as_it_runs():
     second(other(params))  # nothing runs between begin and commit
     assert sync.commit().version == 1
     assert second.verify(params).different == ()
+
+
+def test_simulated_devices_get_eight_jobs_at_a_time(monkeypatch):
+    sync, state, params, golden = made(DENSE, atomic=True, bucket_bytes=1)
+    jobs, waits = len(sync._converter.conversion(params).calls(1)), []
+    real = jax.block_until_ready
+    monkeypatch.setattr(jax, "block_until_ready", lambda leaves: waits.append(leaves) or real(leaves))
+    sync.begin(params)
+    assert len(waits) == jobs - 8 > 0
+    sync.commit()
+    assert wrong(state, golden) == []

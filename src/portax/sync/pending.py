@@ -1,6 +1,6 @@
 """`Pending`: a version of an engine's leaves that is being made beside those that the engine serves."""
 
-from collections.abc import Iterable
+import collections
 
 import jax
 
@@ -28,11 +28,18 @@ class Pending:
         self.moved = 0
         self.verification: Verification | None = None
         self._checks: list[ScaleCheck] = []
+        self._started = collections.deque[dict[str, jax.Array]]()
 
-    def add(self, leaves: Iterable[tuple[str, jax.Array]], check: ScaleCheck | None = None) -> None:
+    def add(self, leaves: dict[str, jax.Array], check: ScaleCheck | None = None) -> None:
         """Adds leaves, and a check that has to pass before anybody uses them."""
         self.leaves |= leaves
+        self._started.append(leaves)
         self._checks += [] if check is None else [check]
+
+    def bound(self, in_flight: int | None) -> None:
+        """Waits until at most so many additions are unfinished; None: for none."""
+        while in_flight is not None and len(self._started) > in_flight:
+            jax.block_until_ready(self._started.popleft())
 
     def ready(self) -> bool:
         """Tells whether all leaves are finished, without waiting."""
