@@ -66,7 +66,7 @@ def engine(file, *, method=None, config=None, native=False, without=()):
 ONLINE = "qwen3-8b.scan/quantised-0.32.0.tp4.bf16-int8.json"
 TILED = "qwen3-30b-a3b-fp8.scan/quantised-0.32.0.tp4.block-fp8-b64.json"
 CHANNEL = "qwen3-8b-fp8.scan/quantised-0.32.0.tp4.ct-int8.json"
-PATTERNS = {"BF16_LINEAR_REQUANTIZE_PATTERNS": "re:.*", "BF16_LINEAR_REQUANTIZE_WEIGHT_DTYPE": "int8"}
+PATTERNS = {"BF16_LINEAR_REQUANTIZE_PATTERNS": ["re:.*"], "BF16_LINEAR_REQUANTIZE_WEIGHT_DTYPE": "int8"}
 B64 = {"REQUANTIZE_BLOCK_SIZE": 64, "MOE_REQUANTIZE_BLOCK_SIZE": 64, "ENABLE_QUANTIZED_MATMUL_KERNEL": True}
 
 
@@ -119,7 +119,7 @@ def test_what_an_engine_does_not_tell_or_was_not_run_is_refused(file, told, aske
 
 
 def test_what_a_tpu_makes_of_scales_has_to_be_named(environment):
-    environment(**PATTERNS)
+    environment(**PATTERNS | {"BF16_LINEAR_REQUANTIZE_PATTERNS": ["re:.*_proj", "model.layers.0.mlp.gate"]})
     runner = engine(ONLINE)
     device = types.SimpleNamespace(platform="tpu")
     runner.mesh = types.SimpleNamespace(
@@ -130,7 +130,7 @@ def test_what_a_tpu_makes_of_scales_has_to_be_named(environment):
     assert tpu_inference.layout(runner, scale_form="wide").quantization == Quantization(
         checkpoint="bf16",
         scale_form="wide",
-        bf16_linear_requantize_patterns=("re:.*",),
+        bf16_linear_requantize_patterns=("re:.*_proj", "model.layers.0.mlp.gate"),
         bf16_linear_requantize_weight_dtype="int8",
     )
 

@@ -104,10 +104,15 @@ def _environment(*, native: bool) -> dict[str, str]:
         ) from None
     values = {name: getattr(told, name, None) for name in Quantization.variables()}
     return {
-        name: "1" if value is True else str(value)
+        name: _as_variable(value)
         for name, value in values.items()
-        if value not in (None, "", False) and not (native and name.startswith("BF16_LINEAR_"))
+        if value not in (None, "", False, []) and not (native and name.startswith("BF16_LINEAR_"))
     }
+
+
+def _as_variable(value: Any) -> str:
+    """Returns the text of an environment variable, which the engine tells as it has read it."""
+    return "1" if value is True else ",".join(value) if isinstance(value, list) else str(value)
 
 
 def scale_form_of(runner: Any) -> str:
