@@ -35,7 +35,7 @@ class ScaleCheck:
         """
         made = zip(entries, arrays, strict=False)
         self._scales = [(entry.name, array) for entry, array in made if entry.refuses_values]
-        self._usable = [_all_finite(array) for _, array in self._scales]
+        self._usable = _all_finite([array for _, array in self._scales]) if self._scales else []
 
     def settle(self) -> None:
         """Waits for the check.
@@ -53,8 +53,8 @@ class ScaleCheck:
 
 
 @jax.jit
-def _all_finite(scales: Float[Array, "..."]) -> Bool[Array, ""]:
-    return jnp.isfinite(scales).all()
+def _all_finite(scales: list[Float[Array, "..."]]) -> list[Bool[Array, ""]]:
+    return [jnp.isfinite(each).all() for each in scales]
 
 
 def _told(bad: Sequence[tuple[str, Any]]) -> Iterator[str]:

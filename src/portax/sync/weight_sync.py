@@ -368,10 +368,10 @@ class WeightSync:
         yield ready
 
     def _started(self, version: Pending) -> Iterator[tuple[dict[str, jax.Array], ScaleCheck, str]]:
-        """Starts one call after another, and yields what it makes, not yet finished, and the phase to wait for it in.
+        """Starts one call after another; yields its leaves, not yet finished, their check and the phase to wait in.
 
         Args:
-            version: What they belong to; it learns the bytes that moved.
+            version: The version they belong to; it learns the bytes that moved.
         """
         conversion, seconds = version.conversion, version.seconds
         inputs = self._inputs(conversion)
