@@ -7,8 +7,8 @@ Every converter runs in processes of its own, in turn, a peer's in an environmen
 Python 3.12: MaxText's of 700 MB for Qwen3, and 4 GB, by `uv`, for Gemma4, whose converter calls tpu-inference; Tunix's
 of 1.3 GB. The copy is `np.copyto` of as many bytes into touched memory, in the same process. "numpy" is that layout by
 hand: copies between views of raw bits, on one thread (`by_hand.py`). "portax-stream" makes buckets of 268 MB and drops
-each. "tunix" is the transfer that Tunix makes of MaxText's weights to MaxText's model inside vLLM, which has w13 fused
-and padded, and q, k and v apart.
+each. "portax-fp8" is what an engine holds that loaded fp8 blocks and quantised them again. "tunix" is the transfer that
+Tunix makes of MaxText's weights to MaxText's model inside vLLM, which has w13 fused and padded, and q, k and v apart.
 
 Each row is measured twice. "Kept" is with a malloc that keeps what is freed, as the allocators of accelerators do.
 "Fresh" is with memory handed back between calls: then the system's page faults, the same for every converter, take
@@ -39,6 +39,7 @@ ROWS = {  # converter, devices, whether results go onto the engine's mesh
     "qwen3-moe": (
         ("portax", 1, False),
         ("portax-stream", 1, False),
+        ("portax-fp8", 1, False),
         ("numpy", 1, False),
         ("maxtext", 1, False),
         ("maxtext-table", 1, False),
@@ -159,13 +160,13 @@ def main() -> None:
     parser.add_argument(
         "--converters",
         nargs="+",
-        default=["portax", "portax-stream", "numpy", "maxtext", "maxtext-table", "tunix"],
+        default=["portax", "portax-stream", "portax-fp8", "numpy", "maxtext", "maxtext-table", "tunix"],
         metavar="NAME",
     )
     parser.add_argument("--repeat", type=int, default=5, help="warm calls of each converter")
     record.add_json(parser)
     args = parser.parse_args()
-    interpreters = dict.fromkeys(("portax", "portax-stream", "numpy"), sys.executable)
+    interpreters = dict.fromkeys(("portax", "portax-stream", "portax-fp8", "numpy"), sys.executable)
     peers = {row[0] for row in ROWS[args.model] if row[0] in args.converters} - interpreters.keys()
     check_tools(peers, args.model, args.python)
     console = Console(width=210)

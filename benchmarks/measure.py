@@ -56,6 +56,16 @@ def portax_stream(model, params, mesh):
     return stream
 
 
+def portax_fp8(model, params, mesh):
+    """To an engine that loaded a checkpoint of fp8 blocks and quantised it again: linears, experts and their scales."""
+    import portax
+
+    quantization = portax.layouts.Quantization(checkpoint="fp8-block", scale_form="narrow")
+    layout = portax.layouts.TpuInference(version="0.32", tp=TP, quantization=quantization)
+    converter = portax.converter_for(model.config, layout=layout, mesh=mesh)
+    return lambda: converter.convert(params)
+
+
 def maxtext_converter(model, params, mesh):
     """MaxText's torchax converter class; made anew for each call, because it keeps its last results alive."""
     from flax import nnx
@@ -142,6 +152,7 @@ def numpy_by_hand(model, params, mesh):
 CONVERTERS = {
     "numpy": numpy_by_hand,
     "portax": portax_converter,
+    "portax-fp8": portax_fp8,
     "portax-stream": portax_stream,
     "maxtext": maxtext_converter,
     "maxtext-table": maxtext_table_converter,
@@ -161,10 +172,12 @@ def timed(calls, function):
         watcher = threading.Thread(target=_watch, args=(sizes, done))
         watcher.start()
         start = time.perf_counter()
-        result = jax.block_until_ready(function())
+        try:
+            result = jax.block_until_ready(function())
+        finally:
+            done.set()
+            watcher.join()
         seconds.append(time.perf_counter() - start)
-        done.set()
-        watcher.join()
         peaks.append(max(sizes) - sizes[0])
     return result, seconds, peaks
 
