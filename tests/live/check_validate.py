@@ -1,4 +1,5 @@
-"""The engine of `portax validate --engine vllm`, given an `LLM` that runs on simulated devices, must generate MaxText's tokens.
+"""The engine of `portax validate --engine vllm`, given an `LLM` that runs on simulated devices, must generate MaxText's tokens,
+as far as it repeats itself.
 
     python tests/live/check_validate.py      (in an environment made by `.ci/live`; exit code 1 if they differ)
 
@@ -31,7 +32,8 @@ def check():
         llm = live_engine.make(scratch, cases.TP, load_format="dummy")
     good = []
     for expected in greedy:
-        length = next((i for i, m in enumerate(expected["margins"]) if m < BFLOAT16), len(expected["margins"]))
+        repeated = expected["margins"][: cases.length(DENSE)]
+        length = next((i for i, margin in enumerate(repeated) if margin < BFLOAT16), len(repeated))
         clear = {key: expected[key][:length] for key in ("tokens", "margins")}
         job = session.prepare(CHECKPOINTS / DENSE / "orbax", hub, expected["prompt"], max_new_tokens=length)
         done = session.carry_out(job, Vllm(llm))
