@@ -2,6 +2,7 @@
 
     python benchmarks/traffic.py                   (four pairs of meshes on 8 simulated devices, a minute or two)
     python benchmarks/traffic.py --devices 256     (the same at 256: some minutes)
+    python benchmarks/traffic.py --fp8             (to engines that loaded a checkpoint of fp8 blocks)
 
 One layer and the vocabulary of a Qwen3-MoE (D 512, 16 experts of width 256, 16 heads, 8 KV heads, vocabulary 4096),
 bfloat16. The trainer's weights are spread as MaxText spreads them. The least is the elements that a device is to hold
@@ -9,6 +10,7 @@ and has not. "Written" is what the engine holds; temporaries are the largest pro
 """
 
 import argparse
+import math
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -44,23 +46,27 @@ PAIRS = (  # the trainer's mesh, less its fsdp axis; tp; how experts are held
 )
 
 
-def measure(devices: int, other: dict[str, int], tp: int, backend: str) -> dict:
+FP8 = portax.layouts.Quantization(checkpoint="fp8-block", scale_form="narrow")
+
+
+def measure(devices: int, quantization: object, other: dict[str, int], tp: int, backend: str) -> dict:
     """Figures of one pair, per device."""
     cut = next(iter(other.values()), 1)
     trainer, engine = {"fsdp": devices // cut, **other}, {"data": devices // tp, "model": tp}
-    converter = portax.converter_for(
-        CONFIG, layout=portax.layouts.TpuInference(version="0.32", tp=tp, moe_backend=backend)
-    )
+    layout = portax.layouts.TpuInference(version="0.32", tp=tp, moe_backend=backend, quantization=quantization)
+    converter = portax.converter_for(CONFIG, layout=layout)
     source, target = simulated_mesh(trainer), simulated_mesh(engine)
     cost = estimate(converter, source, target, dtype=jnp.bfloat16)
-    params = converter.expected_tree(dtype=jnp.bfloat16, partition=partition(source))
-    entries = converter.plan(params).entries
-    least = least_bytes(converter, params, {entry.name: NamedSharding(target, entry.spec) for entry in entries})
+    least = None  # of what is computed no element can be followed
+    if quantization is None:
+        params = converter.expected_tree(dtype=jnp.bfloat16, partition=partition(source))
+        entries = converter.plan(params).entries
+        least = least_bytes(converter, params, {entry.name: NamedSharding(target, entry.spec) for entry in entries})
     return {
         "trainer": trainer,
         "engine": engine,
         "moe_backend": backend,
-        "least": least / devices,
+        "least": least and least / devices,
         "received": cost.received_bytes,
         "written": cost.output_bytes,
         "temporaries": max(row.temporary_bytes for row in cost.costs),
@@ -77,7 +83,7 @@ def table(rows: list[dict]) -> Table:
         shown.add_column(column, justify="right")
     for row in rows:
         meshes = [", ".join(f"{axis} {size}" for axis, size in row[side].items()) for side in ("trainer", "engine")]
-        least, received, written = row["least"], row["received"], row["written"]
+        least, received, written = row["least"] or math.nan, row["received"], row["written"]
         cells = [f"{least / 1e6:.3f}", f"{received / 1e6:.3f}", f"{received / least:.2f}", f"{written / 1e6:.3f}"]
         cells += [f"{received / written:.2f}", f"{row['temporaries'] / 1e6:.3f}", f"{row['temporaries_of_output']:.2f}"]
         shown.add_row(*meshes, row["moe_backend"], *cells)
@@ -88,12 +94,13 @@ def main() -> None:
     """Compiles everything and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=8, help="how many to simulate (default: %(default)s)")
+    parser.add_argument("--fp8", action="store_true", help="quantise, as an engine does")
     record.add_json(parser)
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.devices)
     with Console(stderr=True).status("compiling ..."):
-        rows = [measure(args.devices, *pair) for pair in PAIRS]
+        rows = [measure(args.devices, FP8 if args.fp8 else None, *pair) for pair in PAIRS]
     console = Console(width=180)
     console.print(f"{args.devices} simulated devices, JAX {jax.__version__}")
     console.print(table(rows))

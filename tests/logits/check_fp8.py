@@ -66,7 +66,6 @@ def check(name, config, recipe, folder):
     portax.export(converter, weights(converter), folder, hub_config=hub)
     loaded, info = load(folder, hub, quantization_config=transformers.FineGrainedFP8Config(dequantize=True))
     tensors = {path: np.asarray(leaf[...]) for path, leaf in dequantised(portax.open_checkpoint(folder)).items()}
-
     plain_folder = folder.with_name("plain")
     plain_folder.mkdir()
     save_file(tensors, plain_folder / "model.safetensors", metadata={"format": "pt"})

@@ -346,6 +346,10 @@ def engine_problems(name, change, match, **options):
             "norm.weight: found a ndarray; expected a live jax.Array",
         ),
         (
+            lambda s: s.update({NORM: jax.device_put(s[NORM], jax.devices()[7])}),
+            r"norm.weight: found devices \[7\]; expected devices \[0, .*, where .* is. Likely cause: .*pipeline parallelism",
+        ),
+        (
             lambda s: s.update(
                 {EMBED: jax.device_put(s[EMBED], NamedSharding(s[EMBED].sharding.mesh, PartitionSpec()))}
             ),

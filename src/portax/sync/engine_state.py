@@ -84,10 +84,11 @@ class EngineState:
         """Records the shapes and shardings of the planned leaves.
 
         Raises:
-            PlanError: A leaf is no array in a device's memory, is deleted, or shares its buffer with another one.
+            PlanError: A leaf is no array in a device's memory, is deleted, is on other devices than the rest, or shares
+                its buffer with another one.
         """
         leaves = self.leaves()
-        problems, seen = [], dict[Any, str]()
+        problems, seen, first = [], dict[Any, str](), None
         for entry in plan.entries:
             leaf = leaves[entry.name]
             if not isinstance(leaf, jax.Array) or leaf.is_deleted():
@@ -95,7 +96,8 @@ class EngineState:
                 cause = "the engine has freed it (asleep, or between two updates), or these are shapes"
                 problems.append(Problem(entry.name, found, "a live jax.Array", cause))
                 continue
-            if problem := _offloaded(entry.name, leaf):
+            first = first or (entry.name, leaf)
+            if problem := _offloaded(entry.name, leaf) or _elsewhere(entry.name, leaf, *first):
                 problems.append(problem)
             self._shapes[entry.name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             other = seen.setdefault(pointer(leaf), entry.name)
@@ -208,6 +210,15 @@ def _offloaded(name: str, leaf: jax.Array) -> Problem | None:
         return None
     cause = "the engine's weights are offloaded to the host: bring them back to the devices before a sync"
     return Problem(name, f"an array in {kind} memory", f"one in the device's own, {own} memory", cause)
+
+
+def _elsewhere(name: str, leaf: jax.Array, other: str, first: jax.Array) -> Problem | None:
+    """Returns the problem of a leaf that is not on the devices of the first one."""
+    if leaf.sharding.device_set == first.sharding.device_set:
+        return None
+    here, there = ([device.id for device in device_order(array.sharding)] for array in (leaf, first))
+    cause = "the engine is split by layers (pipeline parallelism), or this leaf was moved by hand"
+    return Problem(name, f"devices {here}", f"devices {there}, where {other} is", cause)
 
 
 def _cells(node: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[str, tuple[Any, Any]]]:
